@@ -6,7 +6,7 @@
 __all__ = ['attention', 'timestep_embedding', 'group_norm', 'Downsample', 'Upsample', 'zero_init', 'official_names',
            'official_schema', 'layout', 'layout_differences', 'load_strict', 'read_official', 'recognise']
 
-# %% ../nbs/02a_layers.ipynb #89a62db8
+# %% ../nbs/02a_layers.ipynb #97f40a0d
 import json
 import lzma
 import math
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .core import CourseError, asset, require
 
-# %% ../nbs/02a_layers.ipynb #6b73ba4d
+# %% ../nbs/02a_layers.ipynb #ea8c8fba
 def attention(
     q: Tensor,                  # queries, (B, L, C)
     k: Tensor,                  # keys, (B, S, C)
@@ -35,7 +35,7 @@ def attention(
     out = F.scaled_dot_product_attention(cut(q), cut(k), cut(v), attn_mask=mask, is_causal=causal)
     return out.transpose(1, 2).flatten(2)
 
-# %% ../nbs/02a_layers.ipynb #2b134946
+# %% ../nbs/02a_layers.ipynb #70ead22d
 def timestep_embedding(
     t: Tensor,                   # timesteps, (B,): integers or floats
     dim: int,                    # width of the embedding; an odd one ends in a column of zeros
@@ -52,7 +52,7 @@ def timestep_embedding(
     parts = [angle.cos(), angle.sin()] if order == 'cos_sin' else [angle.sin(), angle.cos()]
     return F.pad(torch.cat(parts, 1), (0, dim - 2 * half))
 
-# %% ../nbs/02a_layers.ipynb #3e287b3b
+# %% ../nbs/02a_layers.ipynb #0cac6028
 def group_norm(
     channels: int,      # of the input
     eps: float = 1e-5,  # added to the variance: 1e-6 in DDPM and in LDM's autoencoder, 1e-5 in ADM
@@ -62,7 +62,7 @@ def group_norm(
     require(channels % groups == 0, f'{groups} groups do not divide {channels} channels: choose groups that do')
     return nn.GroupNorm(groups, channels, eps=eps, affine=True)
 
-# %% ../nbs/02a_layers.ipynb #2d924c5c
+# %% ../nbs/02a_layers.ipynb #f5d08cb1
 class Downsample(nn.Module):
     "Half the height and width: a stride-2 convolution, or a mean over 2×2 pixels"
     def __init__(self,
@@ -80,7 +80,7 @@ class Downsample(nn.Module):
         if self.conv is None: return F.avg_pool2d(x, 2)
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.padding == 'bottom_right' else x)
 
-# %% ../nbs/02a_layers.ipynb #f30c822d
+# %% ../nbs/02a_layers.ipynb #655bbc41
 class Upsample(nn.Module):
     "Double the height and width: repeat every pixel 2×2, then a 3×3 convolution if asked for"
     def __init__(self,
@@ -95,7 +95,7 @@ class Upsample(nn.Module):
         x = F.interpolate(x, scale_factor=2., mode='nearest')
         return x if self.conv is None else self.conv(x)
 
-# %% ../nbs/02a_layers.ipynb #e238b203
+# %% ../nbs/02a_layers.ipynb #39bdd9ac
 def zero_init(
     module: nn.Module,  # a layer
 ) -> nn.Module:         # the same layer
@@ -103,7 +103,7 @@ def zero_init(
     for p in module.parameters(): nn.init.zeros_(p)
     return module
 
-# %% ../nbs/02a_layers.ipynb #3ed1e5ae
+# %% ../nbs/02a_layers.ipynb #43f38f9b
 @lru_cache(1)
 def _schemas() -> dict:
     "name → {'config', 'state_dict': key → shape, …} of every released layout"
@@ -113,7 +113,7 @@ def official_names() -> list[str]:
     "The released models whose layout the package knows, as 'family/model'"
     return [name.replace('__', '/') for name in _schemas()]
 
-# %% ../nbs/02a_layers.ipynb #5dbba963
+# %% ../nbs/02a_layers.ipynb #83dd563c
 def official_schema(
     name: str,  # such as 'ddpm-ermongroup/cifar10'
 ) -> dict:      # 'config', 'state_dict' (key → shape), 'n_params', and what else is known
@@ -124,7 +124,7 @@ def official_schema(
         raise CourseError(f'no released layout is called {name!r}; known: {", ".join(family or official_names()[::9])} …')
     return schema
 
-# %% ../nbs/02a_layers.ipynb #5760a6dd
+# %% ../nbs/02a_layers.ipynb #c6409bd3
 def layout(
     x,      # a module, or a dict of tensors or of shapes
 ) -> dict:  # key → tuple
@@ -143,7 +143,7 @@ def layout_differences(
     return '; '.join(say('missing', [k for k in want if k not in have]) + say('unknown', [k for k in have if k not in want])
                      + say('other shape', [f'{k} is {have[k]}, expected {want[k]}' for k in want if k in have and have[k] != want[k]]))
 
-# %% ../nbs/02a_layers.ipynb #84dc1d1c
+# %% ../nbs/02a_layers.ipynb #a09690ec
 def load_strict(
     model: nn.Module,         # receives the numbers
     state: dict,              # key → tensor
@@ -155,7 +155,7 @@ def load_strict(
     model.load_state_dict(state, strict=True)
     return model
 
-# %% ../nbs/02a_layers.ipynb #c4728cae
+# %% ../nbs/02a_layers.ipynb #ace4282e
 def _unwrap(state, ema: bool):
     "The dictionary of tensors inside a checkpoint, without `module.` prefixes"
     tensors = lambda d: isinstance(d, dict) and len(d) > 0 and all(isinstance(v, Tensor) for v in d.values())
@@ -169,7 +169,7 @@ def _unwrap(state, ema: bool):
         state = inner[0]
     return {k.removeprefix('module.'): v for k, v in state.items()}
 
-# %% ../nbs/02a_layers.ipynb #66628954
+# %% ../nbs/02a_layers.ipynb #b7568b46
 def read_official(
     path: str | Path,  # .safetensors, or a file of torch.save that holds tensors only
     ema: bool = True,  # take the moving average where the file has both
@@ -187,7 +187,7 @@ def read_official(
         raise CourseError(f'{path} cannot be read as a file of tensors ({type(e).__name__}): is it complete, and is it the weights file?') from e
     return _unwrap(state, ema)
 
-# %% ../nbs/02a_layers.ipynb #acad7469
+# %% ../nbs/02a_layers.ipynb #6137f08e
 def recognise(
     state,           # a module, or a dict of tensors or shapes
 ) -> list[str]:      # names of released models, exact layouts first; several models may share one

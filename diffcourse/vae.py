@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FASHION', 'DIGITS', 'DiagonalGaussian', 'gradient_samples', 'binarise', 'bits_per_dim', 'VAE', 'loss_elbo',
-           'active_units', 'test_pictures', 'measure', 'importance_bound', 'log_weights', 'iwae_bound', 'MaskedConv',
-           'PixelVAE', 'sample_prior', 'reconstruct', 'evaluate_fashion', 'evaluate_digits']
+           'active_units', 'prepare', 'measure', 'importance_bound', 'log_weights', 'iwae_bound', 'sample_prior',
+           'reconstruct', 'evaluate_fashion', 'evaluate_digits', 'sharpness']
 
-# %% ../nbs/04_vae.ipynb #cd9a46e0
+# %% ../nbs/04_vae.ipynb #7f602df7
 import math
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ from .ae import Decoder, Encoder
 from .core import generator, require
 from .train import Recipe, register
 
-# %% ../nbs/04_vae.ipynb #9f0a5ffc
+# %% ../nbs/04_vae.ipynb #27646cff
 class DiagonalGaussian:
     "Independent normal distributions, one per code number (latent diffusion's `DiagonalGaussianDistribution`)"
     def __init__(self,
@@ -37,9 +37,10 @@ class DiagonalGaussian:
         noise: Tensor | None = None,           # standard normal, the shape of `mean`; default: drawn
         gen: torch.Generator | None = None,    # where to draw it
     ) -> Tensor:                               # codes, the shape of `mean`
-        "A code from each cloud, differentiable in the parameters (@eq-vae-reparameterisation)"
-        if noise is None: noise = torch.randn(self.mean.shape, generator=gen, device=self.mean.device, dtype=self.mean.dtype)
-        return self.mean + self.std * noise
+        "A code from each cloud, differentiable in the parameters"
+        m = self.mean
+        if noise is None: noise = torch.randn(m.shape, generator=gen, device=m.device, dtype=m.dtype)
+        return m + self.std * noise
 
     def mode(self) -> Tensor:
         "The middle of each cloud"
@@ -58,7 +59,7 @@ class DiagonalGaussian:
         "Minus the log-density of `sample`, summed likewise: (B,)"
         return 0.5 * (math.log(2 * math.pi) + self.logvar + (sample - self.mean)**2 / self.var).flatten(1).sum(1)
 
-# %% ../nbs/04_vae.ipynb #5c168906
+# %% ../nbs/04_vae.ipynb #c0bcdb1d
 def gradient_samples(
     f: Callable,   # codes (N, D) → numbers (N,), each from its own row only
     mean: Tensor,  # of the proposal, (D,)
@@ -74,7 +75,7 @@ def gradient_samples(
     score = noise / std
     return reparameterised, value[:, None] * score, (value - others)[:, None] * score
 
-# %% ../nbs/04_vae.ipynb #ec238042
+# %% ../nbs/04_vae.ipynb #3fbbcc7b
 def binarise(
     x: Tensor, # grey pictures in [-1, 1]
     u: Tensor, # uniform numbers in [0, 1), the shape of x
@@ -82,7 +83,7 @@ def binarise(
     "Make each pixel white with the probability that its brightness names"
     return (u < (x + 1) / 2).to(x.dtype) * 2 - 1
 
-# %% ../nbs/04_vae.ipynb #01677505
+# %% ../nbs/04_vae.ipynb #fcfed48e
 def bits_per_dim(
     nats: Tensor | float,  # minus the log-density of a picture in [-1, 1]
     dims: int,             # pixels times channels
@@ -90,15 +91,15 @@ def bits_per_dim(
     "Nats per picture to bits per 8-bit pixel"
     return nats / (dims * math.log(2)) + math.log2(127.5)
 
-# %% ../nbs/04_vae.ipynb #4e5fc50d
+# %% ../nbs/04_vae.ipynb #2f6db492
 class VAE(nn.Module):
     "An autoencoder whose codes are clouds and whose output is a distribution"
     def __init__(self,
         channels: int = 1,              # of the pictures
-        width: int = 24,                # channels of the first level
+        width: int = 32,                # channels of the first level, a multiple of 8
         latent: int = 16,               # code numbers per picture
         likelihood: str = 'gaussian',   # 'gaussian' for grey pixels, 'bernoulli' for pixels of -1 and 1
-        sigma: float = 0.2,             # the Gaussian's standard deviation s, in units of [-1, 1]
+        sigma: float = 0.25,            # the Gaussian's standard deviation s, in units of [-1, 1]
     ):
         super().__init__()
         require(likelihood in ('gaussian', 'bernoulli'), f"likelihood is 'gaussian' or 'bernoulli', not {likelihood!r}")
@@ -130,7 +131,7 @@ class VAE(nn.Module):
         "Reconstruct through the middle of the cloud, without noise"
         return self.decode(self.encode(x).mode())
 
-# %% ../nbs/04_vae.ipynb #951f7376
+# %% ../nbs/04_vae.ipynb #31597fab
 def loss_elbo(
     beta: float = 1.,       # weight of the rate; 1 is the true bound
     free_bits: float = 0.,  # nats that each code number may carry for free
@@ -146,7 +147,7 @@ def loss_elbo(
         return distortion + beta * charged, dict(rate=rate.detach(), distortion=distortion.detach())
     return loss
 
-# %% ../nbs/04_vae.ipynb #52f4f0f1
+# %% ../nbs/04_vae.ipynb #98dae4c0
 def active_units(
     means: Tensor,           # of the proposals for many pictures, (N, latent)
     threshold: float = 0.01, # on the variance of a mean over the pictures
@@ -154,8 +155,8 @@ def active_units(
     "How many code numbers depend on the picture (Burda et al., section 5.2)"
     return int((means.var(0) > threshold).sum())
 
-# %% ../nbs/04_vae.ipynb #aee54ad6
-def test_pictures(
+# %% ../nbs/04_vae.ipynb #0c2e9fc9
+def prepare(
     model: VAE,               # tells the kind of pixels and the device
     images: data.ImageSet,    # grey pictures
     n: int | None = None,     # how many, from the start; default: all
@@ -166,11 +167,11 @@ def test_pictures(
     if model.likelihood == 'bernoulli': x = binarise(x, torch.rand(x.shape, generator=generator(seed)))
     return x.to(next(model.parameters()).device)
 
-# %% ../nbs/04_vae.ipynb #c4d7e868
+# %% ../nbs/04_vae.ipynb #d026f79b
 @torch.no_grad()
 def measure(
     model: VAE,       # in eval mode
-    x: Tensor,        # pictures as `test_pictures` makes them
+    x: Tensor,        # pictures as `prepare` makes them
     seed: int = 0,    # of the one draw of z per picture
     batch: int = 500, # pictures at a time
 ) -> dict:            # nats per picture, but for mse, active and bits_per_dim
@@ -183,18 +184,19 @@ def measure(
         rows.append(torch.stack([q.kl(), -model.log_likelihood(part, q.sample(noise)), error]))
         means.append(q.mean)
     rate, distortion, mse = torch.cat(rows, 1).double().mean(1).tolist()
-    out = dict(elbo=-rate - distortion, rate=rate, distortion=distortion, mse=mse, active=active_units(torch.cat(means)))
+    active = active_units(torch.cat(means))
+    out = dict(elbo=-rate - distortion, rate=rate, distortion=distortion, mse=mse, active=active)
     if model.likelihood == 'gaussian': out['bits_per_dim'] = bits_per_dim(rate + distortion, x[0].numel())
     return out
 
-# %% ../nbs/04_vae.ipynb #157523d3
+# %% ../nbs/04_vae.ipynb #225e29fa
 def importance_bound(
     log_w: Tensor, # log-weights, (k, B)
 ) -> Tensor:       # nats, (B,)
     "log of the average weight, for each picture"
     return log_w.logsumexp(0) - math.log(len(log_w))
 
-# %% ../nbs/04_vae.ipynb #4b8b1be4
+# %% ../nbs/04_vae.ipynb #e6516ba5
 def log_weights(
     model: VAE,         # any model with `encode` and `log_likelihood`
     x: Tensor,          # pictures, (B, C, H, W)
@@ -207,16 +209,16 @@ def log_weights(
     log_px = model.log_likelihood(many, z.flatten(0, 1)).view(len(noise), len(x))
     return log_px + 0.5 * (noise**2 - z**2 + q.logvar).sum(-1)   # the two (D/2)·log 2π cancel
 
-# %% ../nbs/04_vae.ipynb #fe2a5160
+# %% ../nbs/04_vae.ipynb #5a02b525
 @torch.no_grad()
 def iwae_bound(
     model: VAE,          # in eval mode
-    x: Tensor,           # pictures as `test_pictures` makes them
+    x: Tensor,           # pictures as `prepare` makes them
     k: int,              # codes per picture
     seed: int = 0,       # of the codes
     chunk: int = 10_000, # pictures decoded at once
 ) -> Tensor:             # nats per picture, (B,)
-    "The importance-weighted lower bound on log p(x) (Burda et al., eq. 8)"
+    "The importance-weighted lower bound on log p(x) (Burda et al., section 3)"
     require(k >= 1, f'k must be at least 1, got {k}')
     gen, bounds = generator(seed, x.device), []
     for part in x.split(min(len(x), 100)):
@@ -228,44 +230,7 @@ def iwae_bound(
         bounds.append(total - math.log(k))
     return torch.cat(bounds)
 
-# %% ../nbs/04_vae.ipynb #c4895a43
-class MaskedConv(nn.Conv2d):
-    "A convolution that sees only pixels above, and to the left in the same row"
-    def __init__(self,
-        inputs: int,           # channels in
-        outputs: int,          # channels out
-        size: int = 7,         # odd
-        present: bool = False, # may it see the pixel itself? (never in the first layer)
-    ):
-        super().__init__(inputs, outputs, size, padding=size // 2)
-        mask = torch.zeros(size, size)
-        mask.flatten()[:size * size // 2 + int(present)] = 1
-        self.register_buffer('mask', mask, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        "Convolve with the future weights at zero"
-        return F.conv2d(x, self.weight * self.mask, self.bias, padding=self.padding)
-
-# %% ../nbs/04_vae.ipynb #af442793
-class PixelVAE(VAE):
-    "A VAE whose decoder also sees the pixels that came before: an invitation to ignore the code"
-    def __init__(self,
-        channels: int = 1,   # of the pictures
-        width: int = 24,     # of encoder and decoder
-        latent: int = 16,    # code numbers per picture
-        context: int = 24,   # channels of the masked convolutions
-    ):
-        super().__init__(channels, width, latent, likelihood='bernoulli')
-        self.context = nn.Sequential(MaskedConv(channels, context), nn.ReLU(),
-                                     MaskedConv(context, context, 3, present=True), nn.ReLU(),
-                                     MaskedConv(context, channels, 1, present=True))
-
-    def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
-        "log p(x|z) with each pixel's odds from the code and from the pixels before it"
-        odds = self.decoder(z).float() + self.context(x).float()
-        return F.logsigmoid(x * odds).flatten(1).sum(1)
-
-# %% ../nbs/04_vae.ipynb #f11bb073
+# %% ../nbs/04_vae.ipynb #5e88df26
 @torch.no_grad()
 def sample_prior(
     model: VAE,     # in eval mode
@@ -276,7 +241,7 @@ def sample_prior(
     z = torch.randn(n, model.latent, generator=generator(seed)).to(next(model.parameters()).device)
     return torch.cat([model.decode(part) for part in z.split(1000)])
 
-# %% ../nbs/04_vae.ipynb #0db27c19
+# %% ../nbs/04_vae.ipynb #e98d8722
 @torch.no_grad()
 def reconstruct(
     model: VAE, # in eval mode
@@ -285,40 +250,49 @@ def reconstruct(
     "Decode the middle of each picture's cloud"
     return model(x.to(next(model.parameters()).device))
 
-# %% ../nbs/04_vae.ipynb #5c60d36c
+# %% ../nbs/04_vae.ipynb #9a6e7cf1
 def evaluate_fashion(
     model: VAE, # in eval mode
 ) -> dict:
     "`measure` on the Fashion-MNIST test set"
-    return measure(model, test_pictures(model, data.fashion_mnist('test')))
+    return measure(model, prepare(model, data.fashion_mnist('test')))
 
-# %% ../nbs/04_vae.ipynb #78869442
+# %% ../nbs/04_vae.ipynb #66edcce8
 def evaluate_digits(
     model: VAE,            # in eval mode
     n: int | None = None,  # test pictures for the likelihood; default: all on a GPU, 100 elsewhere
-    k: int | None = None,  # codes per picture; default: 5000 on a GPU, 500 elsewhere
+    k: int | None = None,  # codes per picture; default: 1000 on a GPU, 500 elsewhere
 ) -> dict:
     "`measure` on binarised test digits, and the negative log-likelihood estimated with `iwae_bound`"
-    x = test_pictures(model, data.mnist('test'))
+    x = prepare(model, data.mnist('test'))
     small = x.device.type == 'cpu'
-    n, k = n or (100 if small else len(x)), k or (500 if small else 5000)
-    bound = iwae_bound(model, x[:n], k, chunk=10_000 if small else 200_000)
-    return measure(model, x) | dict(nll=-float(bound.mean()), nll_error=float(bound.std() / len(bound)**0.5), nll_k=k, nll_n=len(bound))
+    n, k = n or (100 if small else len(x)), k or (500 if small else 1000)
+    bound = iwae_bound(model, x[:n], k, chunk=10_000 if small else 100_000)
+    error = float(bound.std() / len(bound)**0.5)
+    return measure(model, x) | dict(nll=-float(bound.mean()), nll_error=error, nll_k=k, nll_n=len(bound))
 
-# %% ../nbs/04_vae.ipynb #52d52329
+# %% ../nbs/04_vae.ipynb #e9872ab7
 FASHION = register(Recipe(
     name='vae_fashion', about='VAE with 16 code numbers on Fashion-MNIST, Gaussian pixels',
     data=lambda budget: data.fashion_mnist(), model=lambda: VAE(latent=16), loss=loss_elbo(),
     settings=dict(smoke=dict(steps=30, batch_size=64, lr=2e-3, clip=1e4, warmup=5),
-                  laptop=dict(steps=3000, batch_size=128, lr=2e-3, clip=1e4),
+                  laptop=dict(steps=1200, batch_size=128, lr=2e-3, clip=1e4),
                   gpu=dict(steps=20_000, batch_size=256, lr=2e-3, clip=1e4)),
     sample=sample_prior, reconstruct=reconstruct, evaluate=evaluate_fashion))
 
-# %% ../nbs/04_vae.ipynb #0505a90b
+# %% ../nbs/04_vae.ipynb #3456348a
 DIGITS = register(Recipe(
-    name='vae_digits', about='VAE with 32 code numbers on dynamically binarised MNIST, Bernoulli pixels',
-    data=lambda budget: data.mnist(), model=lambda: VAE(latent=32, likelihood='bernoulli'), loss=loss_elbo(),
+    name='vae_digits', about='VAE with 30 code numbers on dynamically binarised MNIST, Bernoulli pixels',
+    data=lambda budget: data.mnist(), model=lambda: VAE(width=24, latent=30, likelihood='bernoulli'), loss=loss_elbo(),
     settings=dict(smoke=dict(steps=30, batch_size=64, lr=2e-3, clip=1e4, warmup=5),
-                  laptop=dict(steps=3000, batch_size=128, lr=2e-3, clip=1e4),
+                  laptop=dict(steps=1200, batch_size=128, lr=2e-3, clip=1e4),
                   gpu=dict(steps=25_000, batch_size=256, lr=2e-3, clip=1e4)),
     sample=sample_prior, reconstruct=reconstruct, evaluate=evaluate_digits))
+
+# %% ../nbs/04_vae.ipynb #4564ba0a
+def sharpness(
+    x: Tensor, # pictures, (B, C, H, W)
+) -> float:    # 0 for a uniform picture
+    "Mean absolute Laplacian: how much each pixel differs from the mean of its four neighbours"
+    mean = (x[..., :-2, 1:-1] + x[..., 2:, 1:-1] + x[..., 1:-1, :-2] + x[..., 1:-1, 2:]) / 4
+    return float((x[..., 1:-1, 1:-1] - mean).abs().mean())

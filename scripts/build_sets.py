@@ -2,8 +2,8 @@
 
     python scripts/build_sets.py --fashion FOLDER --mnist FOLDER
 
-Each FOLDER holds the four original idx .gz files. The result is the same idx format, xz-compressed, so one
-reader serves both. Running it twice writes identical bytes.
+Each FOLDER holds the four original idx files, plain or .gz. The result is the same idx format, xz-compressed, so
+one reader serves both. Running it twice writes identical bytes.
 """
 import argparse
 import gzip
@@ -36,7 +36,9 @@ def build(name: str, folder: Path) -> int:
     for split, n in SIZES[name].items():
         for kind in ('images-idx3', 'labels-idx1'):
             file = f'{split}-{kind}-ubyte'
-            raw = first_items(gzip.decompress((folder / f'{file}.gz').read_bytes()), n)
+            plain = folder / file
+            raw = plain.read_bytes() if plain.exists() else gzip.decompress((folder / f'{file}.gz').read_bytes())
+            raw = first_items(raw, n)
             packed = lzma.compress(raw, check=lzma.CHECK_CRC32, preset=9 | lzma.PRESET_EXTREME)
             with atomic_write(SETS / name / f'{file}.xz') as tmp: tmp.write_bytes(packed)
             total += len(packed)

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / 'scripts'))
 from run_notebooks import code_hash  # noqa: E402
 
 NOTEBOOKS = sorted((ROOT / 'nbs').glob('*.ipynb'))
-LADDER = ['core', 'shapes', 'data', 'train', 'layers', 'metrics', 'ae', 'vae', 'unet', 'ddpm', 'zoo', 'cli']
+LADDER = ['core', 'shapes', 'data', 'train', 'layers', 'metrics', 'ae', 'vae', 'unet', 'ddpm', 'exact', 'zoo', 'cli']
 MODULES = [m for m in LADDER if (ROOT / 'diffcourse' / f'{m}.py').exists()]
 HEAVY = {'matplotlib', 'torchvision', 'accelerate', 'PIL', 'huggingface_hub', 'scipy', 'diffusers', 'IPython', 'fastprogress'}
 

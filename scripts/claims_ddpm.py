@@ -1,0 +1,211 @@
+"""Measure claims DDPM-3 … DDPM-7: small networks trained in five ways, three seeds each
+
+    python scripts/claims_ddpm.py --budget gpu --out ddpm.json
+
+Writes {'DDPM-3': {'numbers': …, 'budget': …, 'device': …, 'seeds': …, 'runs': [...]}, …}; the rules are in
+data/claims/rules.json, older than the numbers. On a GPU several networks train at once, one process each (--workers).
+"""
+import argparse, json, math, statistics, time
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from diffcourse import data, metrics
+from diffcourse.core import BUDGETS, atomic_write, budget, default_device, generator, to_float
+from diffcourse.ddpm import (Denoiser, Schedule, ancestral, bits_per_dim, clip_x0, loss_simple, loss_vlb, picture_sampler,
+                             sample)
+from diffcourse.train import Trainer, device_name, shipped
+from diffcourse.unet import UNet
+
+# way of training → (parameterisation, loss, does the network see t?)
+WAYS = {'eps_simple': ('eps', loss_simple, True), 'eps_bound': ('eps', loss_vlb, True),
+        'mu_mse': ('previous_x', loss_simple, True), 'mu_bound': ('previous_x', loss_vlb, True),
+        'eps_without_t': ('eps', loss_simple, False)}
+BANDS = {'low': (1, 2), 'mid': (3, 6), 'high': (7, 14)}  # cycles per picture
+SETTINGS = {
+    'smoke': dict(net=dict(channels=16, multipliers=(1, 2)), train=dict(steps=20, batch_size=16, lr=2e-3, warmup=4),
+                  samples=48, few=(4, 10), full=20, likelihood=8),
+    'laptop': dict(net=dict(channels=16, multipliers=(1, 2, 2)), train=dict(steps=1000, batch_size=32, lr=2e-3, warmup=50),
+                   samples=256, few=(10, 20, 50), full=200, likelihood=32),
+    'gpu': dict(net=dict(channels=32, multipliers=(1, 2, 2)), train=dict(steps=2500, batch_size=512, lr=1.5e-3, warmup=150),
+                samples=2048, few=(10, 20, 50, 100), full=1000, likelihood=256),
+}
+
+
+class WithoutTime(nn.Module):
+    "A network that is always told t = 0"
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, t): return self.net(x, torch.zeros_like(t))
+
+
+def build(level, seed, sees_t) -> nn.Module:
+    "One network of the ablation"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = UNet(1, blocks=1, attention_resolutions=(7,), image_size=28, groups=8, **SETTINGS[level]['net'])
+    return net if sees_t else WithoutTime(net)
+
+
+@lru_cache(1)
+def judge(device):
+    "Extractor and the statistics of the real pictures; an untrained extractor where none is shipped"
+    name = 'fashion_classifier'
+    model = metrics.get_extractor(name, device) if shipped(name) else metrics.FashionClassifier().eval().to(device)
+    return model, metrics.statistics(data.fashion_mnist('train'), model)
+
+
+def fid(denoiser, steps, s, device, seed=0) -> float:
+    "Feature-FID of samples drawn in `steps` steps"
+    pictures = sample(denoiser, (s['samples'], 1, 28, 28), denoiser.schedule.steps(steps), seed, batch_size=2048)
+    if not torch.isfinite(pictures).all(): return math.inf
+    model, reference = judge(device)
+    return float(metrics.feature_fid(pictures.clamp(-1, 1), reference, model, resamples=0))
+
+
+def nats(denoiser, s, device) -> float:
+    "Upper bound on test bits per dimension"
+    x = to_float(data.fashion_mnist('test').images[:s['likelihood']]).to(device)
+    denoiser = Denoiser(denoiser.net, denoiser.schedule, denoiser.parameterization, denoiser.variance)
+    return float(bits_per_dim(denoiser, x, denoiser.schedule.steps(s['full']))['total'].mean())
+
+
+@torch.no_grad()
+def coherence(denoiser, s, device, n=256) -> dict:
+    "How well the early guess at x0 agrees with the final picture, band by band, over t"
+    path, gen = denoiser.schedule.steps(min(s['full'], 250)), generator(77, device)
+    x, guesses = torch.randn(min(n, s['samples']), 1, 28, 28, generator=gen, device=device), []
+    told = [int(step.t) for step in path]
+    sampler = ancestral(denoiser, path, x, gen)
+    for step in path:
+        guesses.append(denoiser.denoise(x, step).x0)
+        x = next(sampler)
+    spectrum = lambda p: torch.fft.fft2((p - p.mean(0)).squeeze(1).double())
+    final, k = spectrum(x), torch.fft.fftfreq(28, 1 / 28, device=device)
+    radius, out = (k[:, None] ** 2 + k[None] ** 2).sqrt(), {'t': told}
+    for band, (low, high) in BANDS.items():
+        inside = (radius >= low - .5) & (radius < high + .5)
+        pick = lambda f: f[:, inside]
+        agree = lambda f: float((pick(f) * pick(final).conj()).real.sum() / (pick(f).norm() * pick(final).norm() + 1e-12))
+        out[band] = [round(agree(spectrum(g)), 4) for g in guesses]
+    return out
+
+
+def crossing(t, values, level=.5) -> float:
+    "The noisiest t from which agreement stays above `level`, counted from the data's side"
+    for time_now, v in zip(reversed(t), reversed(values)):
+        if v < level: return float(time_now)
+    return float(t[0])
+
+
+def run(job) -> dict:
+    "Train one network one way and measure it"
+    level, way, seed, device, overrides = job
+    s, (parameterization, loss, sees_t), device = SETTINGS[level], WAYS[way], torch.device(device)
+    start, schedule = time.perf_counter(), Schedule.linear()
+    how = {**s['train'], **overrides}
+    make = lambda net, variance='fixed_large': Denoiser(net, schedule, parameterization, variance).guided(x0=clip_x0)
+    trainer = Trainer(build(level, seed, sees_t), loss(Denoiser(None, schedule, parameterization, 'fixed_large')),
+                      data.fashion_mnist('train'), seed=seed, device=device, progress=False, **how).fit()
+    net = trainer.ema_model().to(device)
+    out = {'way': way, 'seed': seed, 'loss': statistics.mean(trainer.losses[-100:]), 'train_seconds': round(trainer.seconds, 2)}
+    out['fid'] = fid(make(net), s['full'], s, device, seed=1000 * seed)
+    if sees_t: out['bpd'] = nats(make(net), s, device)
+    if way == 'eps_simple': out |= extras(make, net, s, device, seed, trainer)
+    return out | {'seconds': round(time.perf_counter() - start, 2)}
+
+
+def extras(make, net, s, device, seed, trainer) -> dict:
+    "What only the paper's own way of training is measured for: variances, order of detail, cost"
+    kinds = {'small': make(net, 'fixed_small'), 'large': make(net, 'fixed_large')}
+    curve = {k: {n: fid(d, n, s, device, seed=1000 * seed + 7) for n in s['few']} for k, d in kinds.items()}
+    for k, d in kinds.items(): curve[k][s['full']] = [fid(d, s['full'], s, device, seed=1000 * seed + i) for i in (7, 8)]
+    synchronise = torch.cuda.synchronize if device.type == 'cuda' else (lambda: None)
+    n, start = min(512, s['samples']), time.perf_counter()
+    sample(kinds['large'], (n, 1, 28, 28), kinds['large'].schedule.steps(s['full']))
+    synchronise()
+    seconds = (time.perf_counter() - start) / n * (1000 / s['full'])
+    per_image = trainer.seconds / (trainer.step * trainer.settings.batch_size)
+    return {'variance': curve, 'coherence': coherence(kinds['large'], s, device), 'sample_seconds': seconds,
+            'train_seconds_per_image': per_image}
+
+
+def vae_seconds(device, n=512) -> float:
+    "Seconds for one picture from the VAE of chapter 04"
+    from diffcourse import vae  # noqa: F401  (registers its recipes)
+    from diffcourse.train import RECIPES
+    recipe = next(r for name, r in RECIPES.items() if name.startswith('vae') and r.sample)
+    model = recipe.model().eval().to(device)
+    recipe.sample(model, n, 0)
+    start = time.perf_counter()
+    pictures = recipe.sample(model, n, 1)
+    pictures.cpu()
+    return (time.perf_counter() - start) / n
+
+
+def numbers(runs, s, vae) -> dict:
+    "From runs to the numbers that the rules name"
+    of = lambda way, key: [r[key] for r in runs if r['way'] == way and key in r]
+    mean, deviation = statistics.mean, lambda v: statistics.stdev(v) if len(v) > 1 else 0.
+    fids = {w: mean(of(w, 'fid')) for w in WAYS}
+    base = [r for r in runs if r['way'] == 'eps_simple']
+    at = lambda kind, n: [f for r in base for f in (lambda v: v if isinstance(v, list) else [v])(r['variance'][kind][n])]
+    gap = lambda n: abs(mean(at('large', n)) - mean(at('small', n)))
+    full, few = s['full'], s['few'][0]
+    cross = {b: mean(crossing(r['coherence']['t'], r['coherence'][b]) for r in base) for b in BANDS}
+    return {
+        'DDPM-3': dict(fid_eps_simple=fids['eps_simple'], fid_eps_bound=fids['eps_bound'], fid_mu_bound=fids['mu_bound'],
+                       fid_mu_mse=fids['mu_mse'], bpd_eps_simple=mean(of('eps_simple', 'bpd')),
+                       bpd_eps_bound=mean(of('eps_bound', 'bpd'))),
+        'DDPM-3b': dict(fid_mu_bound=fids['mu_bound'], fid_eps_bound=fids['eps_bound']),
+        'DDPM-3c': dict(fid_mu_mse=fids['mu_mse'], fid_eps_simple=fids['eps_simple']),
+        'DDPM-4': dict(gap_1000=gap(full), gap_10=gap(few), fid_1000=min(mean(at(k, full)) for k in ('small', 'large')),
+                       spread=max(deviation(at(k, full)) for k in ('small', 'large'))),
+        'DDPM-5': {f't_{b}': cross[b] for b in BANDS},
+        'DDPM-6': dict(fid_with=fids['eps_simple'], fid_without=fids['eps_without_t']),
+        'DDPM-7': dict(sample_passes=1000, train_passes=1, sample_seconds=min(r['sample_seconds'] for r in base),
+                       vae_seconds=vae, train_seconds=min(r['train_seconds_per_image'] for r in base)),
+    }
+
+
+def measure(level, seeds, workers, device, **overrides) -> dict:
+    "All ways and seeds, the numbers, and under each claim the runs it rests on"
+    jobs, s = [(level, way, seed, str(device), overrides) for seed in seeds for way in WAYS], SETTINGS[level]
+    start = time.perf_counter()
+    if workers > 1:
+        with ProcessPoolExecutor(workers, get_context('spawn')) as pool: runs = list(pool.map(run, jobs))
+    else: runs = [run(job) for job in jobs]
+    common = {'budget': level, 'device': device_name(torch.device(device)), 'seeds': len(seeds), 'samples': s['samples'],
+              'settings': {**s['train'], **s['net'], **overrides}, 'data': data.fashion_mnist('train').name,
+              'steps': s['full'], 'extractor': 'fashion_classifier' if shipped('fashion_classifier') else 'untrained'}
+    common['seconds'] = round(time.perf_counter() - start, 1)
+    slim = lambda r, keys: {k: r[k] for k in keys if k in r}
+    keys = {'DDPM-3': ('fid', 'bpd', 'loss', 'train_seconds'), 'DDPM-4': ('variance',), 'DDPM-5': ('coherence',),
+            'DDPM-7': ('sample_seconds', 'train_seconds_per_image')}
+    only = lambda id: [r for r in runs if r['way'] == 'eps_simple'] if id in ('DDPM-4', 'DDPM-5', 'DDPM-7') else runs
+    return {id: {'numbers': n, **common, 'runs': [slim(r, ('way', 'seed', *keys.get(id, ('fid',)))) for r in only(id)]}
+            for id, n in numbers(runs, s, vae_seconds(device)).items()}
+
+
+def main(args=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--budget', choices=BUDGETS, default=None, help='default: $DIFFCOURSE_BUDGET, then laptop')
+    parser.add_argument('--out', type=Path, required=True, help='JSON file to write')
+    parser.add_argument('--seeds', type=int, nargs='+', default=(0, 1, 2), help='one training per way for each')
+    parser.add_argument('--workers', type=int, help='processes at once; default 4 on a GPU, else 1')
+    parser.add_argument('--steps', type=int, help="training steps, instead of the budget's")
+    a = parser.parse_args(args)
+    device = default_device()
+    result = measure(budget(a.budget), a.seeds, a.workers or (4 if device.type == 'cuda' else 1), device,
+                     **({'steps': a.steps} if a.steps else {}))
+    with atomic_write(a.out) as tmp: tmp.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
+    for id, r in result.items(): print(id, json.dumps({k: round(v, 4) for k, v in r['numbers'].items()}))
+
+
+if __name__ == '__main__': main()
