@@ -10,7 +10,7 @@ __all__ = ['RECIPES', 'lr_factor', 'EMA', 'Settings', 'same_chance', 'Objective'
            'train_recipe', 'quantize', 'pack', 'unpack', 'save_weights', 'load_tensors', 'shipped_names', 'shipped',
            'load_card', 'load_weights', 'weights_report']
 
-# %% ../nbs/02_train.ipynb #e59af15a
+# %% ../nbs/02_train.ipynb #5f91483b
 import copy, hashlib, json, math, os, platform, signal, sys, threading, time, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -26,7 +26,7 @@ from .core import (CourseError, Draws, Table, asset, atomic_write, autocast, def
 from .core import budget as default_budget
 from .data import Batcher, ImageSet
 
-# %% ../nbs/02_train.ipynb #bf49da10
+# %% ../nbs/02_train.ipynb #7fda8628
 def lr_factor(
     step: int,                # the step to come, from 0
     steps: int,               # of the whole run
@@ -39,7 +39,7 @@ def lr_factor(
     if schedule == 'constant': return 1.
     return .5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
-# %% ../nbs/02_train.ipynb #1f40141f
+# %% ../nbs/02_train.ipynb #3c8575f0
 class EMA:
     "An exponential moving average of a model's parameters; buffers are copied as they are"
     def __init__(self,
@@ -69,7 +69,7 @@ class EMA:
         "Overwrite a model's weights with the average"
         model.load_state_dict(self.shadow)
 
-# %% ../nbs/02_train.ipynb #ff0f4383
+# %% ../nbs/02_train.ipynb #a87b4790
 @dataclass
 class Settings:
     "What decides the numbers of a run; a checkpoint made under other settings is refused"
@@ -94,7 +94,7 @@ class Settings:
         self.betas, self.warmup = tuple(self.betas), min(self.warmup, self.steps // 5)
         lr_factor(0, self.steps, self.warmup, self.schedule)
 
-# %% ../nbs/02_train.ipynb #db77cb4c
+# %% ../nbs/02_train.ipynb #bf9d1ce9
 @contextmanager
 def same_chance(
     seed: int,             # of the run
@@ -107,7 +107,7 @@ def same_chance(
         torch.manual_seed(((seed * 1_000_003 + step) * 4099 + rank + 1) % 2**63)
         yield
 
-# %% ../nbs/02_train.ipynb #93c76137
+# %% ../nbs/02_train.ipynb #912b76a1
 class Objective(nn.Module):
     "A model and its loss as one module, so that DDP sees the forward pass whatever method of the model the loss calls"
     def __init__(self, model: nn.Module, loss):
@@ -121,7 +121,7 @@ class Objective(nn.Module):
         require(loss.ndim == 0, f'the loss must be one number, got shape {tuple(loss.shape)}: take its mean')
         return loss, {k: torch.as_tensor(v, device=loss.device).detach() for k, v in extra.items()}
 
-# %% ../nbs/02_train.ipynb #631c19d2
+# %% ../nbs/02_train.ipynb #d4bc5057
 def whole_run(
     data,                  # an ImageSet, a dict of tensors, or a function step → batch
     s: Settings,           # of the run
@@ -134,7 +134,7 @@ def whole_run(
     share = slice(rank * s.batch_size // world, (rank + 1) * s.batch_size // world)
     return lambda step: {k: v[share].to(device) for k, v in data(step).items()}
 
-# %% ../nbs/02_train.ipynb #5d239342
+# %% ../nbs/02_train.ipynb #6704e72b
 class Prepared:
     "A model made ready to train: device, layout, batches, optimiser, average and processes"
     def __init__(self, model, loss, data, device=None, bf16=None, compile=False, channels_last=True, **settings):
@@ -158,7 +158,7 @@ class Prepared:
 
     def _batches(self, data): return whole_run(data, self.settings, self.device, self.rank, self.world)
 
-# %% ../nbs/02_train.ipynb #28b69dce
+# %% ../nbs/02_train.ipynb #88dd7444
 class Stepper(Prepared):
     "One update after another: forward, backward, clip, look, apply, average"
     def update(self, asked=()) -> bool:
@@ -188,7 +188,13 @@ class Stepper(Prepared):
         numbers = torch.stack([v.detach().float().to(self.device) for v in numbers])
         return self.accelerator.reduce(numbers, 'mean').tolist()
 
-# %% ../nbs/02_train.ipynb #1dda410b
+    def ema_model(self) -> nn.Module:
+        "A copy of the model, for sampling: averaged weights (if there is an average), eval mode"
+        model = copy.deepcopy(self.model)
+        if self.ema: self.ema.copy_to(model)
+        return model.eval()
+
+# %% ../nbs/02_train.ipynb #77eda407
 def _accelerator():
     "The processes of this run, as accelerate sees them"
     with warnings.catch_warnings():
@@ -209,7 +215,7 @@ def _not_finite(step: int, loss: float, norm: float) -> str:
     return (f'{what} at step {step}: training stopped before this update was applied, and no checkpoint was overwritten. '
             'Try a smaller lr, a smaller clip, a longer warmup, or bf16=False')
 
-# %% ../nbs/02_train.ipynb #540ea3b4
+# %% ../nbs/02_train.ipynb #73ef89e3
 def digest(
     tensors: dict[str, Tensor],  # name → tensor
 ) -> str:                        # 64 hexadecimal digits
@@ -221,7 +227,7 @@ def digest(
         h.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
     return h.hexdigest()
 
-# %% ../nbs/02_train.ipynb #378da45f
+# %% ../nbs/02_train.ipynb #b48b42d0
 def write_tensors(
     path: str | Path,            # of a .safetensors file
     tensors: dict[str, Tensor],  # name → tensor
@@ -237,7 +243,7 @@ def write_tensors(
         raise CourseError(f'cannot write {path}: {why}. What was there before is untouched; '
                           'free some space or choose another folder') from e
 
-# %% ../nbs/02_train.ipynb #49e4cbec
+# %% ../nbs/02_train.ipynb #3d01bfdd
 def read_tensors(
     path: str | Path,  # a .safetensors file
     own: bool = True,  # must `write_tensors` have made it?
@@ -254,7 +260,7 @@ def read_tensors(
             'were written with; delete it or fetch it again')
     return tensors, json.loads(meta.get('diffcourse', '{}'))
 
-# %% ../nbs/02_train.ipynb #2299768a
+# %% ../nbs/02_train.ipynb #1f0b664a
 def check_tensors(
     found: dict[str, Tensor],  # what a file holds
     model: nn.Module,          # what it should fit
@@ -268,7 +274,7 @@ def check_tensors(
     more = f' and {len(lines) - 4} more' if len(lines) > 4 else ''
     require(not lines, f'{what} is for another architecture: ' + '; '.join(lines[:4]) + more)
 
-# %% ../nbs/02_train.ipynb #71f3bddc
+# %% ../nbs/02_train.ipynb #5b226ac5
 def _try_lock(file) -> None:
     "Take the lock of an open file without waiting; OSError if another holds it"
     try: import fcntl
@@ -277,7 +283,7 @@ def _try_lock(file) -> None:
         return msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
-# %% ../nbs/02_train.ipynb #7ea4775a
+# %% ../nbs/02_train.ipynb #4a300c64
 @contextmanager
 def folder_lock(
     folder: Path,  # to write checkpoints in; made if need be
@@ -294,7 +300,7 @@ def folder_lock(
         for left in folder.glob('.*.part'): left.unlink(missing_ok=True)
         yield
 
-# %% ../nbs/02_train.ipynb #bbe62bb6
+# %% ../nbs/02_train.ipynb #1e210022
 def data_identity(
     data,  # an ImageSet, a dict of tensors, or a function step → batch
 ) -> dict:
@@ -303,7 +309,7 @@ def data_identity(
     if callable(data): return {'name': getattr(data, 'name', 'a function of the step'), 'hash': getattr(data, 'hash', None)}
     return {'name': data.name, 'hash': data.hash, 'items': len(data)}
 
-# %% ../nbs/02_train.ipynb #68b47052
+# %% ../nbs/02_train.ipynb #c03174ec
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer,  # AdamW
     params: list,                      # its parameters
@@ -323,7 +329,7 @@ def restore_optimizer(
         state[int(i)][k] = v if k == 'step' else torch.empty_like(params[int(i)]).copy_(v)
     optimizer.load_state_dict({'state': state, 'param_groups': optimizer.state_dict()['param_groups']})
 
-# %% ../nbs/02_train.ipynb #20c83792
+# %% ../nbs/02_train.ipynb #fb50bc3c
 def check_belongs(
     about: dict,     # what the checkpoint says of itself
     s: Settings,     # of the run that wants it
@@ -338,7 +344,7 @@ def check_belongs(
     differ = [f'{k} is {theirs.get(k)} there and {mine[k]} here' for k in mine if theirs.get(k) != mine[k] and k not in free]
     require(not differ, f'{what} was made with other settings: ' + ', '.join(differ))
 
-# %% ../nbs/02_train.ipynb #88cdbaeb
+# %% ../nbs/02_train.ipynb #c6895420
 class Keeper(Stepper):
     "A stepper whose whole state fits in one file"
     def __init__(self, model, loss, data, folder=None, **how):
@@ -375,7 +381,7 @@ class Keeper(Stepper):
                                                    'settings': asdict(self.settings)})
         self.accelerator.wait_for_everyone()
 
-# %% ../nbs/02_train.ipynb #0ca65850
+# %% ../nbs/02_train.ipynb #ccfa23b3
 class Resumer(Keeper):
     "A keeper that takes up where a checkpoint left off"
     def resume(self, missing_ok: bool = False):
@@ -393,7 +399,7 @@ class Resumer(Keeper):
         self.losses, self.step, self.seconds = self.extras.pop('loss'), about['step'], about['seconds']
         return self
 
-# %% ../nbs/02_train.ipynb #99dff0b4
+# %% ../nbs/02_train.ipynb #09485934
 def _in_notebook() -> bool:
     "Is this a notebook that can show pictures?"
     shell = sys.modules.get('IPython') and sys.modules['IPython'].get_ipython()
@@ -407,7 +413,7 @@ def _draw_losses(losses: list, handle):
     handle.update(fig)
     return handle
 
-# %% ../nbs/02_train.ipynb #6358591b
+# %% ../nbs/02_train.ipynb #c4cf0171
 def progress_of(
     steps: range,               # to go through
     losses: list,               # filled meanwhile
@@ -430,7 +436,7 @@ def progress_of(
             every = max(every, 20 * (drawn - start))
     if not _in_notebook(): print()
 
-# %% ../nbs/02_train.ipynb #60f74f54
+# %% ../nbs/02_train.ipynb #dff7240d
 @contextmanager
 def patient_interrupt():
     "Collect Ctrl-C in the list that is yielded, so that a step can end first; a second Ctrl-C stops at once"
@@ -445,7 +451,7 @@ def patient_interrupt():
     try: yield asked
     finally: signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/02_train.ipynb #cd2dce5f
+# %% ../nbs/02_train.ipynb #2029f83e
 @contextmanager
 def explained(
     what: str,              # what was going on
@@ -463,7 +469,7 @@ def explained(
         raise CourseError(f'{device} ran out of memory in {what} with batch_size={batch_size}: try '
                           f'batch_size={max(1, batch_size // 2)}') from e
 
-# %% ../nbs/02_train.ipynb #aeead289
+# %% ../nbs/02_train.ipynb #42770476
 def device_name(
     device: torch.device,  # cpu, cuda or mps
 ) -> str:
@@ -475,7 +481,7 @@ def device_name(
         if lines: name = lines[0].split(':')[1].strip()
     return name if device.type != 'cpu' else f'{name}, {torch.get_num_threads()} threads'
 
-# %% ../nbs/02_train.ipynb #9e3a1739
+# %% ../nbs/02_train.ipynb #7e4aec2f
 def peak_memory(
     device: torch.device,  # cpu, cuda or mps
 ) -> int:                  # bytes
@@ -485,7 +491,7 @@ def peak_memory(
     except ImportError: return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
-# %% ../nbs/02_train.ipynb #2e39fb0d
+# %% ../nbs/02_train.ipynb #48939e37
 class Trainer(Resumer):
     "Train a model: `Trainer(model, loss, data, steps=1000).fit()`"
     def __init__(self,
@@ -523,17 +529,11 @@ class Trainer(Resumer):
         if not self.folder or self.step or not self.checkpoint.exists(): return
         raise CourseError(f'{self.checkpoint} already holds a run: call resume() before fit(), or choose another folder')
 
-    def ema_model(self) -> nn.Module:
-        "A copy of the model, for sampling: averaged weights (if there is an average), eval mode"
-        model = copy.deepcopy(self.model)
-        if self.ema: self.ema.copy_to(model)
-        return model.eval()
-
     def card(self) -> dict:
         "What this run cost and reached"
         return {'name': self.name, **self.origin, **run_card(self)}
 
-# %% ../nbs/02_train.ipynb #1bf425f1
+# %% ../nbs/02_train.ipynb #db0b9876
 def run_card(
     t: Keeper,  # after some steps
 ) -> dict:
@@ -546,7 +546,7 @@ def run_card(
             'parameters': sum(p.numel() for p in t.model.parameters()),
             'settings': json.loads(json.dumps(asdict(s))), 'data': t.identity}
 
-# %% ../nbs/02_train.ipynb #2d2eab72
+# %% ../nbs/02_train.ipynb #8ecfef37
 @torch.no_grad()
 def fixed_loss(
     model: nn.Module,  # in any mode; it is left in that mode
@@ -565,7 +565,7 @@ def fixed_loss(
     model.train(training)
     return float(value)
 
-# %% ../nbs/02_train.ipynb #4b60082d
+# %% ../nbs/02_train.ipynb #4ed1506d
 @dataclass
 class Recipe:
     "All that is needed to train a chapter's model again, at any budget"
@@ -581,7 +581,7 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {}
 
-# %% ../nbs/02_train.ipynb #a08e7088
+# %% ../nbs/02_train.ipynb #3c1322c3
 def register(
     recipe: Recipe,  # replaces one of the same name
 ) -> Recipe:
@@ -597,7 +597,7 @@ def find_recipe(
     require(recipe in RECIPES, f'no recipe {recipe!r}; known: {", ".join(sorted(RECIPES)) or "none"}')
     return RECIPES[recipe]
 
-# %% ../nbs/02_train.ipynb #98ee1620
+# %% ../nbs/02_train.ipynb #d236014a
 def train_recipe(
     recipe: str | Recipe,              # a name or the thing itself
     budget: str | None = None,         # 'smoke', 'laptop' or 'gpu'; default: `core.budget()`
@@ -616,7 +616,7 @@ def train_recipe(
     if folder: trainer.resume(missing_ok=True)
     return trainer.fit()
 
-# %% ../nbs/02_train.ipynb #379ef76e
+# %% ../nbs/02_train.ipynb #67b857d5
 def quantize(
     w: Tensor,  # weights, (out, ...)
 ) -> tuple[Tensor, Tensor]:  # int8 of the same shape, float32 scales (out, 1, ...)
@@ -624,7 +624,7 @@ def quantize(
     scale = w.float().abs().amax(dim=tuple(range(1, w.ndim)), keepdim=True).clamp(min=1e-12) / 127
     return (w.float() / scale).round().to(torch.int8), scale
 
-# %% ../nbs/02_train.ipynb #3dbe3349
+# %% ../nbs/02_train.ipynb #920c461f
 def pack(
     tensors: dict[str, Tensor],  # a state dict
     dtype: str,                  # 'fp32', 'fp16' or 'int8'
@@ -647,7 +647,7 @@ def unpack(
     out = {k: scaled(k, v) for k, v in tensors.items() if not k.endswith('::scale')}
     return {k: v.float() if v.dtype == torch.float16 else v for k, v in out.items()}
 
-# %% ../nbs/02_train.ipynb #e7ccc7a2
+# %% ../nbs/02_train.ipynb #2659a000
 def save_weights(
     path: str | Path,          # of the .safetensors file; the card is written beside it as .json
     model: nn.Module,          # usually `trainer.ema_model()`
@@ -665,7 +665,7 @@ def save_weights(
         tmp.write_text(json.dumps(card, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
     return path
 
-# %% ../nbs/02_train.ipynb #e1080e9e
+# %% ../nbs/02_train.ipynb #cd165b1d
 def load_tensors(
     path: str | Path,  # a .safetensors, .pt, .pth, .bin or .ckpt file
 ) -> dict[str, Tensor]:
@@ -684,7 +684,7 @@ def load_tensors(
     require(found and all(isinstance(v, Tensor) for v in found.values()), f'{path} holds no plain state dict of tensors')
     return found
 
-# %% ../nbs/02_train.ipynb #01273183
+# %% ../nbs/02_train.ipynb #ccfaa184
 def shipped_names() -> list[str]:
     "The names of the embedded weights"
     return sorted(Path(k).stem for k in manifest() if k.startswith('weights/') and k.endswith('.safetensors'))
@@ -701,7 +701,7 @@ def load_card(
     "The card of embedded weights: recipe, seed, data, cost, metrics"
     return json.loads(asset(f'weights/{name}.json').read_text(encoding='utf-8'))
 
-# %% ../nbs/02_train.ipynb #102df8ab
+# %% ../nbs/02_train.ipynb #e842dd13
 def load_weights(
     name_or_path: str | Path,  # a recipe's name, or a file
     model: nn.Module,          # of the matching architecture
@@ -721,7 +721,7 @@ def load_weights(
     model.load_state_dict(tensors)
     return model.eval()
 
-# %% ../nbs/02_train.ipynb #a4af1402
+# %% ../nbs/02_train.ipynb #2d3db14b
 def weights_report(
     verify: bool = False,  # compare each SHA-256 with the manifest and the card?
 ) -> Table:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RUNGS', 'recipes', 'load', 'sample', 'reconstruct', 'fit', 'picture', 'ladder']
 
-# %% ../nbs/18_zoo.ipynb #4f26f100
+# %% ../nbs/18_zoo.ipynb #7005b8d5
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/18_zoo.ipynb #6fe0689c
+# %% ../nbs/18_zoo.ipynb #b7f22abf
 from . import ae, ddpm, metrics, vae  # importing a chapter registers its recipes
 from .core import CourseError, Table, atomic_write, budget, default_device, image_grid, require, to_float
 from .data import ImageSet, fashion_mnist
 from .train import RECIPES, Recipe, find_recipe, load_card, load_weights, save_weights, shipped, train_recipe
 
-# %% ../nbs/18_zoo.ipynb #16f03e7a
+# %% ../nbs/18_zoo.ipynb #6144faae
 def recipes() -> Table:
     "Every recipe, with the cost card of its shipped weights"
     rows = []
@@ -30,7 +30,7 @@ def recipes() -> Table:
                      round(card['seconds']) if 'seconds' in card else '–', reached or '–'))
     return Table(rows, ('recipe', 'what it is', 'parameters', 'budget', 'device', 'seconds', 'reached'))
 
-# %% ../nbs/18_zoo.ipynb #0f5cbd39
+# %% ../nbs/18_zoo.ipynb #5c70cf0f
 def load(
     name: str,                          # of a recipe
     weights: str | Path | None = None,  # a .safetensors file of your own; default: the shipped weights
@@ -42,7 +42,7 @@ def load(
     model = load_weights(weights or name, recipe.model())
     return model.to(device or default_device()).eval()
 
-# %% ../nbs/18_zoo.ipynb #051bd6ff
+# %% ../nbs/18_zoo.ipynb #5793dc8f
 def sample(
     name: str,                          # of a recipe that generates
     n: int = 16,                        # how many pictures
@@ -57,7 +57,7 @@ def sample(
     require(recipe.sample is not None, f'{name} does not generate; these do: {can}')
     return recipe.sample(load(name, weights, device), n, seed).float().cpu()
 
-# %% ../nbs/18_zoo.ipynb #0026d0a9
+# %% ../nbs/18_zoo.ipynb #139651d5
 def reconstruct(
     name: str,                          # of a recipe that encodes and decodes
     images: Tensor,                     # uint8 (B, C, H, W), of the size the recipe was trained on
@@ -73,7 +73,7 @@ def reconstruct(
     device = device or default_device()
     with torch.no_grad(): return recipe.reconstruct(load(name, weights, device), to_float(images).to(device)).float().cpu()
 
-# %% ../nbs/18_zoo.ipynb #59facd54
+# %% ../nbs/18_zoo.ipynb #b7d726fc
 def fit(
     name: str,                     # of a recipe
     out: str | Path = 'runs',      # a folder; the results lie in out/name
@@ -82,7 +82,7 @@ def fit(
     dtype: str = 'fp16',           # how the weights are stored: fp32, fp16 or int8
     **settings,                    # passed to `Trainer`: steps, batch_size, lr, seed, device, resume …
 ) -> dict:                         # the cost card
-    "Train a recipe; write its EMA weights, cost card and a picture"
+    "Train a recipe; write its EMA weights, cost card (measured unless at smoke budget) and a picture"
     recipe, folder = find_recipe(name), Path(out) / name
     if data is not None:
         want = tuple(recipe.data('smoke').shape)
@@ -92,12 +92,12 @@ def fit(
     path, model, card = folder / f'{name}.safetensors', trainer.ema_model(), dict(trainer.card(), metrics={})
     save_weights(path, model, card, dtype)
     load_weights(path, model)  # what is measured and drawn is what was stored
-    if recipe.evaluate and data is None: card['metrics'] = recipe.evaluate(model)
+    if recipe.evaluate and data is None and card['budget'] != 'smoke': card['metrics'] = recipe.evaluate(model)
     save_weights(path, trainer.ema_model(), card, dtype)
     picture(recipe, model, folder / f'{name}.png')
     return card
 
-# %% ../nbs/18_zoo.ipynb #43a078a6
+# %% ../nbs/18_zoo.ipynb #0e1dde49
 def picture(
     recipe: Recipe,    # whose network it is
     model: nn.Module,  # trained
@@ -114,11 +114,11 @@ def picture(
     with atomic_write(path) as tmp: Image.fromarray(image_grid(x, columns, scale=2)).save(tmp, 'PNG')
     return True
 
-# %% ../nbs/18_zoo.ipynb #8e8ecb23
+# %% ../nbs/18_zoo.ipynb #5434bd78
 RUNGS = (('ae_fashion', 'AE: reconstructs'), ('vae_fashion', 'VAE: samples'),
          ('ddpm_fashion', 'DDPM: samples'), ('ddpm_emoji', 'DDPM: emoji'))
 
-# %% ../nbs/18_zoo.ipynb #5d38e71e
+# %% ../nbs/18_zoo.ipynb #fcc90eab
 def ladder(
     n: int = 12,                        # pictures in a row
     device: torch.device | None = None, # default: the best present

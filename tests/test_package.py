@@ -89,11 +89,11 @@ def test_data_and_doctor_from_the_wheel(site, tmp_path):
 
 
 WRONG = [(['sample', 'ddpm_cats'], 'ddpm_cats'), (['train', 'ddpm_cats'], 'ddpm_cats'), (['sample', 'ddpm_fashion', '-n', '0'], '0'),
-         (['sample', 'ae_fashion'], 'does not generate'), (['train', 'ddpm_fashion_small', '--steps', '0'], 'steps'),
+         (['sample', 'fashion_judge'], 'does not generate'), (['train', 'ddpm_fashion_small', '--steps', '0'], 'steps'),
          (['train', 'ddpm_fashion_small', '--budget', 'huge'], 'huge'), (['data', 'get', 'imagenet'], 'imagenet'),
          (['sample', 'ddpm_fashion', '--weights', 'nowhere.safetensors'], 'nowhere.safetensors'), (['sample', 'ddpm_fashion', '--device', 'abacus'], 'abacus'),
          (['reconstruct', 'ae_fashion', 'no-such-set'], 'no-such-set'), (['train', 'ddpm_fashion_small', '--data', 'no-such-folder'], 'no-such-folder'),
-         (['sample'], 'RECIPE'), (['frobnicate'], 'frobnicate')]
+         (['sample'], 'recipe'), (['frobnicate'], 'frobnicate')]
 
 
 @pytest.mark.parametrize('args, names', WRONG, ids=lambda v: ' '.join(v) if isinstance(v, list) else None)
