@@ -2,7 +2,8 @@
 
     python benchmarks/train_step.py [--batch 64] [--rounds 7] [--threads N] [--compile] [--json FILE]
 
-Both train the same network (equal parameters, checked; equal layers) on the same pictures. Every round runs every contender once, in
+Both train the same network (equal parameters,
+                             checked; equal layers) on the same pictures. Every round runs every contender once, in
 another order, and medians are reported, so that a busy machine is busy for all of them. The documented loop is that of diffusers' tutorial
 "Train a diffusion model": a data set of PIL pictures with torchvision transforms, a DataLoader, `noise_scheduler.add_noise`, `F.mse_loss`,
 gradient clipping at 1, AdamW and a cosine learning rate. The rows between change one thing at a time.
@@ -26,7 +27,8 @@ from diffcourse.ddpm import Denoiser, Schedule, loss_simple
 from diffcourse.train import Trainer
 from diffcourse.unet import UNet, unet_to_diffusers
 
-NET = dict(in_channels=1, channels=32, multipliers=(1, 2, 2), blocks=1, attention_resolutions=(14, 7), image_size=28, groups=32)
+NET = dict(in_channels=1, channels=32, multipliers=(1, 2, 2), blocks=1, attention_resolutions=(14, 7), image_size=28,
+           groups=32)
 
 
 # --------------------------------------------------------------------------------------------------------- the contenders
@@ -77,7 +79,8 @@ def loader_batches(data, batch):
     "The documented data path: one PIL picture at a time through transforms"
     from PIL import Image
     from torchvision import transforms
-    prepare = transforms.Compose([transforms.Resize((28, 28)), transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize([.5], [.5])])
+    prepare = transforms.Compose([transforms.Resize((28, 28)), transforms.RandomHorizontalFlip(),
+                                  transforms.ToTensor(), transforms.Normalize([.5], [.5])])
     pictures = [Image.fromarray(x[0].numpy()) for x in data.images]
 
     class Pictures(torch.utils.data.Dataset):
@@ -100,7 +103,8 @@ def ours(
     "This package's trainer; without settings, its defaults"
     net = UNet(**NET)
     denoiser = Denoiser(net, Schedule.linear())
-    trainer = Trainer(net, loss_simple(denoiser), data, steps=100_000, batch_size=batch, progress=False, device='cpu', **settings)
+    trainer = Trainer(net, loss_simple(denoiser), data, steps=100_000, batch_size=batch, progress=False, device='cpu',
+                      **settings)
 
     def step():
         trainer.update()
@@ -119,13 +123,15 @@ def contenders(data, batch, compile):
         '  one attention head': their(heads=None),
         '  one head, data in memory': their(heads=None, in_memory=True),
         '  one head, in memory, fused AdamW': their(heads=None, in_memory=True, fused=True),
-        '  one head, in memory, fused, channels-last': their(heads=None, in_memory=True, fused=True, channels_last=True),
+        '  one head, in memory, fused, channels-last': their(heads=None, in_memory=True, fused=True,
+                                                             channels_last=True),
         'diffcourse, defaults': our(),
         '  channels-last': our(channels_last=True),
         '  contiguous': our(channels_last=False),
         '  contiguous, without EMA': our(channels_last=False, ema=None),
         '  contiguous, float32': our(channels_last=False, bf16=False)}
-    if compile: table |= {'  contiguous, compiled': our(channels_last=False, compile=True), '  channels-last, compiled': our(channels_last=True, compile=True),
+    if compile: table |= {'  contiguous, compiled': our(channels_last=False, compile=True),
+                          '  channels-last, compiled': our(channels_last=True, compile=True),
                           'diffusers, documented, compiled': their(compile=True)}
     return table
 
@@ -186,8 +192,10 @@ def report(result, batch) -> str:
     used = {k: statistics.median(v) for k, v in result['cpu'].items()}
     base = 'diffusers, documented'
     # a ratio per round, then the median of the ratios: neighbours in time share the machine's mood
-    ratio = {k: statistics.median(b / a for a, b in zip(v, result['seconds'][base])) for k, v in result['seconds'].items()}
-    rows = ['| contender | images/s | against the documented loop | same, by CPU time | first step (s) |', '|---|---:|---:|---:|---:|']
+    ratio = {k: statistics.median(b / a for a, b in zip(v, result['seconds'][base])) for k,
+             v in result['seconds'].items()}
+    rows = ['| contender | images/s | against the documented loop | same, by CPU time | first step (s) |',
+            '|---|---:|---:|---:|---:|']
     rows += [f'| {k.replace("  ", "&emsp;")} | {batch / median[k]:.1f} | {ratio[k]:.2f}× | {used[base] / used[k]:.2f}× | {result["first"][k]:.1f} |' for k in median]
     return '\n'.join(rows)
 
@@ -195,7 +203,8 @@ def report(result, batch) -> str:
 def peak_of(name, batch, rounds=3) -> float:
     "Peak memory in MB of a contender alone, in a process of its own"
     import subprocess
-    out = subprocess.run([sys.executable, __file__, '--batch', str(batch), '--alone', name, '--rounds', str(rounds)], capture_output=True, text=True, check=True)
+    out = subprocess.run([sys.executable, __file__, '--batch', str(batch), '--alone', name, '--rounds', str(rounds)],
+                         capture_output=True, text=True, check=True)
     return float(out.stdout.split()[-1])
 
 
@@ -206,7 +215,8 @@ def main():
     p.add_argument('--threads', type=int, default=0)
     p.add_argument('--compile', action='store_true', help='also the compiled rows (minutes of compilation, reported)')
     p.add_argument('--memory', action='store_true', help='also the peak memory of both, each alone in a process')
-    p.add_argument('--only', nargs='*', help='words: only the contenders whose name contains one of them, and the documented loop')
+    p.add_argument('--only', nargs='*',
+                   help='words: only the contenders whose name contains one of them, and the documented loop')
     p.add_argument('--json', type=Path)
     p.add_argument('--alone', help=argparse.SUPPRESS)
     a = p.parse_args()
@@ -226,8 +236,10 @@ def main():
     print(f'\n{result["parameters"]:,} parameters, batch {a.batch}, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.processor() or platform.machine()}; '
           f'{flops / 1e9:.2f} GFLOP per picture and step; {speed * flops / 1e9:.0f} of {peak:.0f} GFLOP/s, the best 3×3 convolution here ({speed * flops / 1e9 / peak:.0%}).')
     if a.memory:
-        for name in ('diffusers, documented', 'diffcourse, defaults'): print(f'{name}: peak {peak_of(name, a.batch):.0f} MB')
-    if a.json: a.json.write_text(json.dumps(result | dict(batch=a.batch, threads=torch.get_num_threads(), flops_per_image=flops, peak_gflops=peak), indent=1))
+        for name in ('diffusers, documented',
+                     'diffcourse, defaults'): print(f'{name}: peak {peak_of(name, a.batch):.0f} MB')
+    if a.json: a.json.write_text(json.dumps(result | dict(batch=a.batch, threads=torch.get_num_threads(),
+                                                          flops_per_image=flops, peak_gflops=peak), indent=1))
 
 
 if __name__ == '__main__': main()

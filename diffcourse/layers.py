@@ -6,7 +6,7 @@
 __all__ = ['attention', 'timestep_embedding', 'group_norm', 'Downsample', 'Upsample', 'zero_init', 'official_names',
            'official_schema', 'layout', 'layout_differences', 'load_strict', 'read_official', 'recognise']
 
-# %% ../nbs/02a_layers.ipynb #97f40a0d
+# %% ../nbs/02a_layers.ipynb #5cd9be24
 import json
 import lzma
 import math
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from .core import CourseError, asset, require
 
-# %% ../nbs/02a_layers.ipynb #ea8c8fba
+# %% ../nbs/02a_layers.ipynb #a76b167b
 def attention(
     q: Tensor,                  # queries, (B, L, C)
     k: Tensor,                  # keys, (B, S, C)
     v: Tensor,                  # values, (B, S, C_v)
     heads: int = 1,             # how many pieces the channels are cut into; must divide C and C_v
-    mask: Tensor | None = None, # True where a query may look, or numbers added to the scores; shape broadcasts to (B, heads, L, S)
+    mask: Tensor | None = None, # True where a query may look, or added to the scores; to (B, heads, L, S)
     causal: bool = False,       # position i sees only positions up to i
 ) -> Tensor:                    # (B, L, C_v)
     "Scaled dot-product attention (Vaswani et al. 2017, eq. 1), one for the whole course"
@@ -35,7 +35,7 @@ def attention(
     out = F.scaled_dot_product_attention(cut(q), cut(k), cut(v), attn_mask=mask, is_causal=causal)
     return out.transpose(1, 2).flatten(2)
 
-# %% ../nbs/02a_layers.ipynb #70ead22d
+# %% ../nbs/02a_layers.ipynb #fe32fb8b
 def timestep_embedding(
     t: Tensor,                   # timesteps, (B,): integers or floats
     dim: int,                    # width of the embedding; an odd one ends in a column of zeros
@@ -47,12 +47,13 @@ def timestep_embedding(
     half = dim // 2
     last = half if order == 'cos_sin' else max(half - 1, 1)
     i = torch.arange(half, dtype=torch.float32, device=t.device)
-    ω = torch.exp(-math.log(max_period) * i / last) if order == 'cos_sin' else torch.exp(i * -(math.log(max_period) / last))
+    slow = math.log(max_period)
+    ω = torch.exp(-slow * i / last) if order == 'cos_sin' else torch.exp(i * -(slow / last))
     angle = t.float()[:, None] * ω
     parts = [angle.cos(), angle.sin()] if order == 'cos_sin' else [angle.sin(), angle.cos()]
     return F.pad(torch.cat(parts, 1), (0, dim - 2 * half))
 
-# %% ../nbs/02a_layers.ipynb #0cac6028
+# %% ../nbs/02a_layers.ipynb #738ff9fa
 def group_norm(
     channels: int,      # of the input
     eps: float = 1e-5,  # added to the variance: 1e-6 in DDPM and in LDM's autoencoder, 1e-5 in ADM
@@ -62,7 +63,7 @@ def group_norm(
     require(channels % groups == 0, f'{groups} groups do not divide {channels} channels: choose groups that do')
     return nn.GroupNorm(groups, channels, eps=eps, affine=True)
 
-# %% ../nbs/02a_layers.ipynb #f5d08cb1
+# %% ../nbs/02a_layers.ipynb #a2489285
 class Downsample(nn.Module):
     "Half the height and width: a stride-2 convolution, or a mean over 2×2 pixels"
     def __init__(self,
@@ -72,15 +73,16 @@ class Downsample(nn.Module):
         out_channels: int | None = None,# default: `channels`; needs the convolution
     ):
         super().__init__()
-        require(padding in ('bottom_right', 'symmetric'), f"padding {padding!r} is neither 'bottom_right' nor 'symmetric'")
+        require(padding in ('bottom_right', 'symmetric'), f'padding {padding!r} is neither bottom_right nor symmetric')
         self.padding = padding
-        self.conv = nn.Conv2d(channels, out_channels or channels, 3, 2, int(padding == 'symmetric')) if with_conv else None
+        self.conv = nn.Conv2d(channels, out_channels or channels, 3, 2,
+                              int(padding == 'symmetric')) if with_conv else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.conv is None: return F.avg_pool2d(x, 2)
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.padding == 'bottom_right' else x)
 
-# %% ../nbs/02a_layers.ipynb #655bbc41
+# %% ../nbs/02a_layers.ipynb #58c676e4
 class Upsample(nn.Module):
     "Double the height and width: repeat every pixel 2×2, then a 3×3 convolution if asked for"
     def __init__(self,
@@ -95,7 +97,7 @@ class Upsample(nn.Module):
         x = F.interpolate(x, scale_factor=2., mode='nearest')
         return x if self.conv is None else self.conv(x)
 
-# %% ../nbs/02a_layers.ipynb #39bdd9ac
+# %% ../nbs/02a_layers.ipynb #9247ff53
 def zero_init(
     module: nn.Module,  # a layer
 ) -> nn.Module:         # the same layer
@@ -103,7 +105,7 @@ def zero_init(
     for p in module.parameters(): nn.init.zeros_(p)
     return module
 
-# %% ../nbs/02a_layers.ipynb #43f38f9b
+# %% ../nbs/02a_layers.ipynb #1a19dce6
 @lru_cache(1)
 def _schemas() -> dict:
     "name → {'config', 'state_dict': key → shape, …} of every released layout"
@@ -113,7 +115,7 @@ def official_names() -> list[str]:
     "The released models whose layout the package knows, as 'family/model'"
     return [name.replace('__', '/') for name in _schemas()]
 
-# %% ../nbs/02a_layers.ipynb #83dd563c
+# %% ../nbs/02a_layers.ipynb #13eb7f33
 def official_schema(
     name: str,  # such as 'ddpm-ermongroup/cifar10'
 ) -> dict:      # 'config', 'state_dict' (key → shape), 'n_params', and what else is known
@@ -121,10 +123,11 @@ def official_schema(
     schema = _schemas().get(name.replace('/', '__'))
     if schema is None:
         family = [n for n in official_names() if n.split('/')[0] == name.replace('__', '/').split('/')[0]]
-        raise CourseError(f'no released layout is called {name!r}; known: {", ".join(family or official_names()[::9])} …')
+        raise CourseError(f'no released layout is called {name!r}; '
+                          f'known: {", ".join(family or official_names()[::9])} …')
     return schema
 
-# %% ../nbs/02a_layers.ipynb #c6409bd3
+# %% ../nbs/02a_layers.ipynb #a3831621
 def layout(
     x,      # a module, or a dict of tensors or of shapes
 ) -> dict:  # key → tuple
@@ -139,11 +142,12 @@ def layout_differences(
 ) -> str:            # empty when the layouts agree
     "What distinguishes two layouts, in words"
     have, want = layout(have), layout(want)
-    say = lambda what, items: [f'{what}: {", ".join(items[:first])}' + (f' and {len(items) - first} more' if len(items) > first else '')] if items else []
-    return '; '.join(say('missing', [k for k in want if k not in have]) + say('unknown', [k for k in have if k not in want])
-                     + say('other shape', [f'{k} is {have[k]}, expected {want[k]}' for k in want if k in have and have[k] != want[k]]))
+    kinds = {'missing': [k for k in want if k not in have], 'unknown': [k for k in have if k not in want],
+             'other shape': [f'{k} is {have[k]}, expected {want[k]}' for k in want if k in have and have[k] != want[k]]}
+    more = lambda items: f' and {len(items) - first} more' if len(items) > first else ''
+    return '; '.join(f'{what}: {", ".join(items[:first])}{more(items)}' for what, items in kinds.items() if items)
 
-# %% ../nbs/02a_layers.ipynb #a09690ec
+# %% ../nbs/02a_layers.ipynb #b7c104ce
 def load_strict(
     model: nn.Module,         # receives the numbers
     state: dict,              # key → tensor
@@ -155,7 +159,7 @@ def load_strict(
     model.load_state_dict(state, strict=True)
     return model
 
-# %% ../nbs/02a_layers.ipynb #ace4282e
+# %% ../nbs/02a_layers.ipynb #19c2528c
 def _unwrap(state, ema: bool):
     "The dictionary of tensors inside a checkpoint, without `module.` prefixes"
     tensors = lambda d: isinstance(d, dict) and len(d) > 0 and all(isinstance(v, Tensor) for v in d.values())
@@ -164,12 +168,13 @@ def _unwrap(state, ema: bool):
         require(len(found) > 0, 'the checkpoint is a list without a dictionary of tensors')
         return _unwrap(found[-1] if ema else found[0], ema)
     if not tensors(state):
-        inner = [state[k] for k in (['ema', 'state_dict', 'model'] if ema else ['state_dict', 'model']) if tensors(state.get(k))]
-        require(len(inner) > 0, f'no dictionary of tensors in the checkpoint; it holds {", ".join(map(str, list(state)[:5]))}')
+        names = ['ema', 'state_dict', 'model'] if ema else ['state_dict', 'model']
+        inner = [state[k] for k in names if tensors(state.get(k))]
+        require(len(inner) > 0, f'no tensors in the checkpoint; it holds {", ".join(map(str, list(state)[:5]))}')
         state = inner[0]
     return {k.removeprefix('module.'): v for k, v in state.items()}
 
-# %% ../nbs/02a_layers.ipynb #b7568b46
+# %% ../nbs/02a_layers.ipynb #a369a5e2
 def read_official(
     path: str | Path,  # .safetensors, or a file of torch.save that holds tensors only
     ema: bool = True,  # take the moving average where the file has both
@@ -184,10 +189,11 @@ def read_official(
         state = torch.load(path, map_location='cpu', weights_only=True)
     except CourseError: raise
     except Exception as e:
-        raise CourseError(f'{path} cannot be read as a file of tensors ({type(e).__name__}): is it complete, and is it the weights file?') from e
+        raise CourseError(f'{path} cannot be read as a file of tensors ({type(e).__name__}): is it complete, '
+                          'and is it the weights file?') from e
     return _unwrap(state, ema)
 
-# %% ../nbs/02a_layers.ipynb #6137f08e
+# %% ../nbs/02a_layers.ipynb #34044d09
 def recognise(
     state,           # a module, or a dict of tensors or shapes
 ) -> list[str]:      # names of released models, exact layouts first; several models may share one

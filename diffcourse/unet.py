@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TimeMLP', 'ResBlock', 'AttentionBlock', 'UNet', 'load_official', 'unet_to_diffusers', 'to_diffusers']
 
-# %% ../nbs/07b_unet.ipynb #c8031ca3
+# %% ../nbs/07b_unet.ipynb #22884a64
 import json
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ from .core import atomic_write, require
 from .layers import (Downsample, Upsample, attention, group_norm, layout_differences, load_strict,
                                official_schema, read_official, timestep_embedding, zero_init)
 
-# %% ../nbs/07b_unet.ipynb #fef1b095
+# %% ../nbs/07b_unet.ipynb #76f08c1d
 class TimeMLP(nn.Module):
     "timesteps → the time vector that every residual block receives"
     def __init__(self,
@@ -33,7 +33,7 @@ class TimeMLP(nn.Module):
         γ = timestep_embedding(t, self.channels, order='sin_cos').to(self.dense[0].weight.dtype)
         return self.dense[1](F.silu(self.dense[0](γ)))
 
-# %% ../nbs/07b_unet.ipynb #3f3582d3
+# %% ../nbs/07b_unet.ipynb #003d9cf9
 class ResBlock(nn.Module):
     "norm, SiLU, conv, + time, norm, SiLU, dropout, conv, + input: DDPM's residual block"
     def __init__(self,
@@ -59,7 +59,7 @@ class ResBlock(nn.Module):
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return (self.nin_shortcut(x) if hasattr(self, 'nin_shortcut') else x) + h
 
-# %% ../nbs/07b_unet.ipynb #feffb53e
+# %% ../nbs/07b_unet.ipynb #220a1b99
 def _pointwise(layer: nn.Conv2d, x: Tensor) -> Tensor:
     "A 1×1 convolution of pixels that stand in a row, (B, L, C): one matrix product"
     return F.linear(x, layer.weight.flatten(1), layer.bias)
@@ -81,7 +81,7 @@ class AttentionBlock(nn.Module):
         out = _pointwise(self.proj_out, attention(q, k, v))
         return x + out.transpose(1, 2).unflatten(2, x.shape[2:])
 
-# %% ../nbs/07b_unet.ipynb #bf877e8f
+# %% ../nbs/07b_unet.ipynb #e019befd
 def _level(channels, time, dropout, groups, attend):
     "One resolution: residual blocks (`channels` lists their (in, out)), each followed by attention if `attend`"
     level = nn.Module()
@@ -89,7 +89,7 @@ def _level(channels, time, dropout, groups, attend):
     level.attn = nn.ModuleList([AttentionBlock(o, groups) for _, o in channels] if attend else [])
     return level
 
-# %% ../nbs/07b_unet.ipynb #88a16f12
+# %% ../nbs/07b_unet.ipynb #0607c86a
 class UNet(nn.Module):
     "The network of DDPM (Ho et al. 2020, appendix B): noisy pictures and timesteps in, pictures out"
     def __init__(self,
@@ -107,7 +107,8 @@ class UNet(nn.Module):
     ):
         super().__init__()
         halvings = len(multipliers) - 1
-        require(image_size % 2**halvings == 0, f'image_size {image_size} cannot be halved {halvings} times: use fewer multipliers')
+        require(image_size % 2**halvings == 0,
+                f'image_size {image_size} cannot be halved {halvings} times: use fewer multipliers')
         self.config = {k: v for k, v in locals().items() if k not in ('self', '__class__', 'halvings')}
         self.in_channels, self.out_channels = in_channels, out_channels or in_channels
         widths, common = [channels * m for m in multipliers], (4 * channels, dropout, groups)
@@ -124,7 +125,7 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], self.out_channels, 3, padding=1)
         self.reset()
 
-# %% ../nbs/07b_unet.ipynb #7b0b5ea1
+# %% ../nbs/07b_unet.ipynb #8561deec
 @patch
 def _build_down(self: UNet, channels, widths, blocks, attend, common, with_conv):
     "Levels from fine to coarse; each but the last ends by halving"
@@ -146,7 +147,7 @@ def _build_up(self: UNet, channels, widths, blocks, attend, common, with_conv):
         if i > 0: level.upsample = Upsample(width, with_conv)
         self.up.append(level)
 
-# %% ../nbs/07b_unet.ipynb #34b0ec53
+# %% ../nbs/07b_unet.ipynb #857a05e8
 @patch
 def _way_down(self: UNet, h, time):
     "Fine to coarse; keeps every intermediate result"
@@ -169,7 +170,7 @@ def _way_up(self: UNet, h, skips, time):
         if hasattr(level, 'upsample'): h = level.upsample(h)
     return h
 
-# %% ../nbs/07b_unet.ipynb #71a97da8
+# %% ../nbs/07b_unet.ipynb #664978e4
 @patch
 def forward(
     self: UNet,
@@ -178,7 +179,8 @@ def forward(
 ) -> Tensor:    # (B, out_channels, H, W)
     halvings = 2**(len(self.down) - 1)
     require(x.ndim == 4 and x.shape[1] == self.in_channels and x.shape[2] % halvings == x.shape[3] % halvings == 0,
-            f'the network takes (B, {self.in_channels}, H, W) with H and W divisible by {halvings}, got {tuple(x.shape)}')
+            f'the network takes (B, {self.in_channels}, H, W) with H and W divisible by {halvings}, '
+            f'got {tuple(x.shape)}')
     time = self.temb(t)
     h, skips = self._way_down(self.conv_in(x), time)
     h = self.mid.block_1(h, time)
@@ -186,7 +188,7 @@ def forward(
     h = self._way_up(self.mid.block_2(h, time), skips, time)
     return self.conv_out(F.silu(self.norm_out(h)))
 
-# %% ../nbs/07b_unet.ipynb #d4c05a64
+# %% ../nbs/07b_unet.ipynb #b4029024
 @patch
 def reset(self: UNet):
     "DDPM's initialisation: uniform by fan average, biases zero, and zero where a branch or the network ends"
@@ -200,23 +202,24 @@ def reset(self: UNet):
         if isinstance(m, AttentionBlock): zero_init(m.proj_out)
     zero_init(self.conv_out)
 
-# %% ../nbs/07b_unet.ipynb #0ef7b5bd
+# %% ../nbs/07b_unet.ipynb #46f9d4a7
 @patch(cls_method=True)
 def from_config(
     cls: UNet,
-    config: dict,   # the published form: {'model': {'ch', 'ch_mult', 'num_res_blocks', 'attn_resolutions', …}, 'image_size' or 'data': {'image_size'}}
+    config: dict,   # the published form: 'model' (ch, ch_mult, …), and 'image_size' or 'data' with it
     device=None,    # where to build; 'meta' allocates nothing
     **changes,      # arguments of `UNet` that replace the config's
 ) -> UNet:
     "A U-Net from a configuration of the DDPM and DDIM releases"
     m = config['model']
     size = config['image_size'] if 'image_size' in config else config['data']['image_size']
-    arguments = dict(in_channels=m['in_channels'], out_channels=m['out_ch'], channels=m['ch'], multipliers=tuple(m['ch_mult']),
-                     blocks=m['num_res_blocks'], attention_resolutions=tuple(m['attn_resolutions']), dropout=m.get('dropout', 0.),
+    arguments = dict(in_channels=m['in_channels'], out_channels=m['out_ch'], channels=m['ch'],
+                     multipliers=tuple(m['ch_mult']), blocks=m['num_res_blocks'],
+                     attention_resolutions=tuple(m['attn_resolutions']), dropout=m.get('dropout', 0.),
                      image_size=size, resample_with_conv=m.get('resamp_with_conv', True))
     with torch.device(device or torch.get_default_device()): return cls(**(arguments | changes))
 
-# %% ../nbs/07b_unet.ipynb #87ee6df8
+# %% ../nbs/07b_unet.ipynb #084cb378
 @patch(cls_method=True)
 def from_official(
     cls: UNet,
@@ -225,13 +228,14 @@ def from_official(
 ) -> UNet:
     "The U-Net of a released DDPM, with its layout compared key for key"
     schema = official_schema(name)
-    require(name.replace('__', '/').startswith('ddpm-ermongroup/'), f'{name} is not a DDPM U-Net: its chapter builds it')
+    require(name.replace('__', '/').startswith('ddpm-ermongroup/'),
+            f'{name} is not a DDPM U-Net: its chapter builds it')
     model = cls.from_config(schema['config'], device)
     differences = layout_differences(model, schema['state_dict'])
     require(not differences, f'the network built for {name} does not have its layout. {differences}')
     return model
 
-# %% ../nbs/07b_unet.ipynb #88d88bb3
+# %% ../nbs/07b_unet.ipynb #37d03b1d
 def load_official(
     model: nn.Module,   # a network of the released architecture
     path: str | Path,   # a released file, or one of this course
@@ -240,11 +244,13 @@ def load_official(
     "Load a released checkpoint; a file of another architecture is refused with the first differing keys"
     return load_strict(model, read_official(path, ema), str(path)).eval()
 
-# %% ../nbs/07b_unet.ipynb #c07efbe0
+# %% ../nbs/07b_unet.ipynb #236116b0
 _RENAMED = [(r'^temb\.dense\.0', 'time_embedding.linear_1'), (r'^temb\.dense\.1', 'time_embedding.linear_2'),
-            (r'^norm_out', 'conv_norm_out'), (r'^(down|up)\.', r'\1_blocks.'), (r'\.block\.', '.resnets.'), (r'\.attn\.', '.attentions.'),
+            (r'^norm_out', 'conv_norm_out'), (r'^(down|up)\.', r'\1_blocks.'),
+            (r'\.block\.', '.resnets.'), (r'\.attn\.', '.attentions.'),
             (r'\.(down|up)sample\.conv', r'.\1samplers.0.conv'), (r'^mid\.block_1', 'mid_block.resnets.0'),
-            (r'^mid\.block_2', 'mid_block.resnets.1'), (r'^mid\.attn_1', 'mid_block.attentions.0'), ('temb_proj', 'time_emb_proj'),
+            (r'^mid\.block_2', 'mid_block.resnets.1'), (r'^mid\.attn_1', 'mid_block.attentions.0'),
+            ('temb_proj', 'time_emb_proj'),
             ('nin_shortcut', 'conv_shortcut'), (r'(attentions\.\d+)\.norm', r'\1.group_norm'),
             (r'(attentions\.\d+)\.(q|k|v)\.', r'\1.to_\2.'), (r'(attentions\.\d+)\.proj_out', r'\1.to_out.0')]
 
@@ -253,34 +259,41 @@ def _diffusers_key(key: str, levels: int) -> str:
     for pattern, new in _RENAMED: key = re.sub(pattern, new, key)
     return re.sub(r'^up_blocks\.(\d+)', lambda m: f'up_blocks.{levels - 1 - int(m[1])}', key)
 
-# %% ../nbs/07b_unet.ipynb #9f60f9f1
+# %% ../nbs/07b_unet.ipynb #198bdb94
 def unet_to_diffusers(
     net: UNet,             # trained here
 ) -> tuple[dict, dict]:    # configuration and tensors of diffusers' UNet2DModel
     "The same network in the layout of `diffusers.UNet2DModel`"
     c = net.config
-    require(c['resample_with_conv'], 'diffusers has no U-Net that halves without convolutions: train with resample_with_conv=True')
+    require(c['resample_with_conv'],
+            'diffusers has no U-Net that halves without convolutions: train with resample_with_conv=True')
     attend = [hasattr(level, 'attn') and len(level.attn) > 0 for level in net.down]
     config = dict(
-        _class_name='UNet2DModel', sample_size=c['image_size'], in_channels=net.in_channels, out_channels=net.out_channels,
-        block_out_channels=[c['channels'] * m for m in c['multipliers']], layers_per_block=c['blocks'], dropout=c['dropout'],
+        _class_name='UNet2DModel', sample_size=c['image_size'], in_channels=net.in_channels,
+        out_channels=net.out_channels, layers_per_block=c['blocks'], dropout=c['dropout'],
+        block_out_channels=[c['channels'] * m for m in c['multipliers']],
         down_block_types=['AttnDownBlock2D' if a else 'DownBlock2D' for a in attend],
-        up_block_types=['AttnUpBlock2D' if a else 'UpBlock2D' for a in attend[::-1]], add_attention=c['middle_attention'],
-        attention_head_dim=None, norm_num_groups=c['groups'], norm_eps=1e-6, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1)
+        up_block_types=['AttnUpBlock2D' if a else 'UpBlock2D' for a in attend[::-1]],
+        add_attention=c['middle_attention'], attention_head_dim=None, norm_num_groups=c['groups'], norm_eps=1e-6,
+        downsample_padding=0, flip_sin_to_cos=False, freq_shift=1)
     flat = lambda k, v: v.flatten(1) if re.search(r'attn.*\.(q|k|v|proj_out)\.weight', k) else v
-    state = {_diffusers_key(k, len(net.down)): flat(k, v).detach().cpu().contiguous() for k, v in net.state_dict().items()}
+    state = {_diffusers_key(k, len(net.down)): flat(k, v).detach().cpu().contiguous()
+             for k, v in net.state_dict().items()}
     return config, state
 
-# %% ../nbs/07b_unet.ipynb #c9537a26
+# %% ../nbs/07b_unet.ipynb #3803f055
 def _scheduler_config(schedule, parameterization, variance, clip) -> dict:
     "diffusers' DDPMScheduler for one of our schedules"
     kinds = {'eps': 'epsilon', 'x0': 'sample', 'v': 'v_prediction'}
-    require(parameterization in kinds, f'diffusers has no scheduler for {parameterization!r}: it knows {", ".join(kinds)}')
-    require(variance in ('fixed_small', 'fixed_large'), f'a pipeline of fixed variances was asked for, not {variance!r}')
-    return dict(_class_name='DDPMScheduler', num_train_timesteps=len(schedule.betas), trained_betas=schedule.betas.tolist(),
+    require(parameterization in kinds,
+            f'diffusers has no scheduler for {parameterization!r}: it knows {", ".join(kinds)}')
+    require(variance in ('fixed_small', 'fixed_large'),
+            f'a pipeline of fixed variances was asked for, not {variance!r}')
+    return dict(_class_name='DDPMScheduler', num_train_timesteps=len(schedule.betas),
+                trained_betas=schedule.betas.tolist(),
                 prediction_type=kinds[parameterization], variance_type=variance, clip_sample=clip)
 
-# %% ../nbs/07b_unet.ipynb #682e7b2c
+# %% ../nbs/07b_unet.ipynb #aef08586
 def to_diffusers(
     folder: str | Path,             # is created; files of the same names are replaced
     net: UNet,                      # trained here
@@ -292,10 +305,12 @@ def to_diffusers(
     "Write a folder that `diffusers.DDPMPipeline.from_pretrained` loads"
     from safetensors.torch import save_file
     folder, (config, state) = Path(folder), unet_to_diffusers(net)
-    index = dict(_class_name='DDPMPipeline', scheduler=['diffusers', 'DDPMScheduler'], unet=['diffusers', 'UNet2DModel'])
+    index = dict(_class_name='DDPMPipeline', scheduler=['diffusers', 'DDPMScheduler'],
+                 unet=['diffusers', 'UNet2DModel'])
     texts = {'unet/config.json': config, 'model_index.json': index,
              'scheduler/scheduler_config.json': _scheduler_config(schedule, parameterization, variance, clip)}
     for name, content in texts.items():
         with atomic_write(folder / name) as tmp: tmp.write_text(json.dumps(content, indent=1), encoding='utf-8')
-    with atomic_write(folder / 'unet/diffusion_pytorch_model.safetensors') as tmp: save_file(state, tmp, metadata={'format': 'pt'})
+    with atomic_write(folder / 'unet/diffusion_pytorch_model.safetensors') as tmp:
+        save_file(state, tmp, metadata={'format': 'pt'})
     return folder

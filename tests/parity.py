@@ -2,7 +2,8 @@
 
     python -m tests.parity [DIR] [--only GLOB] [--full] [--json FILE] [--schemas DIR]
 
-A golden is NAME.json (configuration, tolerances, where it comes from) beside NAME.safetensors (`weights/…`, `in/…`, `out/…`).
+A golden is NAME.json (configuration, tolerances, where it comes from) beside NAME.safetensors (`weights/…`, `in/…`,
+    `out/…`).
 Everything is built from the json's configuration and the tensors' names; nothing here knows a size, a seed or a step count.
 A new family is one function below: it takes a `Golden` and returns `{output name: tensor}`, leaving out what is not implemented.
 """
@@ -65,7 +66,8 @@ class Golden:
     def inputs(self) -> dict: return self.group('in/')
 
     @cached_property
-    def outputs(self) -> dict: return {k.replace('out/', '', 1): v for k, v in self.tensors.items() if k.startswith('out/') or '/out/' in k}
+    def outputs(self) -> dict: return {k.replace('out/', '', 1): v for k,
+                                       v in self.tensors.items() if k.startswith('out/') or '/out/' in k}
 
     @property
     def config(self) -> dict:
@@ -81,7 +83,8 @@ class Golden:
 
     def weights(self, i: int = 0) -> dict:
         "The stored weights, or for full-size goldens the ones that follow from key names and shapes"
-        if 'salt' in self.info: return procedural(self.schema(i)['state_dict'], self.info['salt'], self.info.get('gain', 1.))
+        if 'salt' in self.info: return procedural(self.schema(i)['state_dict'], self.info['salt'],
+                                                  self.info.get('gain', 1.))
         return {k: v.float() if v.is_floating_point() else v for k, v in self.group('weights/').items()}
 
 
@@ -136,7 +139,8 @@ def _longest(text):
 def _legal(node):
     "May this node stand in a formula?"
     if isinstance(node, ast.Call): return isinstance(node.func, ast.Name) and node.func.id in (*FUNCTIONS, 'mean')
-    return isinstance(node, (ast.BinOp, ast.UnaryOp, ast.USub, ast.UAdd, ast.Name, ast.Load, ast.List, ast.Tuple, ast.keyword, *OPERATORS)) \
+    return isinstance(node, (ast.BinOp, ast.UnaryOp, ast.USub, ast.UAdd, ast.Name, ast.Load, ast.List, ast.Tuple,
+                             ast.keyword, *OPERATORS)) \
         or isinstance(node, ast.Constant) and isinstance(node.value, (int, float))
 
 
@@ -159,7 +163,8 @@ def _value(node, names, x):
     if isinstance(node, ast.BinOp): return OPERATORS[type(node.op)](go(node.left), go(node.right))
     arguments, keywords = [go(n) for n in node.args], {k.arg: go(k.value) for k in node.keywords}
     if node.func.id == 'mean': return _beside(arguments[0].flatten(1).mean(1), x)
-    return FUNCTIONS[node.func.id](*(torch.as_tensor(a) if isinstance(a, (int, float)) and i == 0 else a for i, a in enumerate(arguments)), **keywords)
+    return FUNCTIONS[node.func.id](*(torch.as_tensor(a) if isinstance(a, (int, float)) and i == 0 else a for i,
+                                     a in enumerate(arguments)), **keywords)
 
 
 # -------------------------------------------------------------------------------------------------------------- families
@@ -172,7 +177,8 @@ def schedule(
     "A noise schedule by its published name"
     make = getattr(ddpm.Schedule, name, None)
     if make is None: return None
-    ends = {ours: config[theirs] for ours, many in dict(start=('beta_start', 'linear_start'), end=('beta_end', 'linear_end')).items()
+    ends = {ours: config[theirs] for ours, many in dict(start=('beta_start', 'linear_start'),
+                                                        end=('beta_end', 'linear_end')).items()
             for theirs in many if theirs in config}
     return make(T, **ends)
 
@@ -185,7 +191,8 @@ def timestep_embedding(g):
         order = 'sin_cos' if name.startswith('ddpm_') else 'cos_sin'
         kind, *settings = name.removeprefix('ddpm_').split('_')
         read = {s.rstrip('0123456789.'): float(s.lstrip('abcdefghijklmnopqrstuvwxyz')) for s in settings}
-        out[name] = layers.timestep_embedding(g.inputs[f't_{kind}'], int(read['dim']), read.get('maxperiod', 10000), order=order)
+        out[name] = layers.timestep_embedding(g.inputs[f't_{kind}'], int(read['dim']), read.get('maxperiod', 10000),
+                                              order=order)
     return out
 
 
@@ -237,7 +244,8 @@ def p_mean_variance(g):
         denoiser = ddpm.Denoiser(lambda x, t: raw, s, MEANS[mean], variance.lower())
         step = s.steps().at(i['t'])
         p = denoiser.guided(x0=ddpm.clip_x0 if clip == 'clip1' else None).denoise(i['x'], step)
-        small = ddpm.q_posterior_mean_variance(p.x0, i['x'], step)[1]                 # zero at t = 0, where the logarithm is floored
+        small = ddpm.q_posterior_mean_variance(p.x0, i['x'],
+            step)[1]                 # zero at t = 0, where the logarithm is floored
         results = dict(mean=p.mean, pred_xstart=p.x0, log_variance=p.log_variance,
                        variance=small if variance == 'FIXED_SMALL' else p.log_variance.exp())
         out |= {f'{case}/{k}': v for k, v in results.items()}
@@ -300,7 +308,8 @@ def lit_ema(g):
 def gd_train_step(g):
     "The moving average of two training steps, for each parameter whose values after the steps are stored in full"
     out = {}
-    for name in [k.removeprefix('step1.after_') for k in g.outputs if k.startswith('step1.after_') and not k.endswith('_norms')]:
+    for name in [k.removeprefix('step1.after_') for k in g.outputs if k.startswith('step1.after_')
+                 and not k.endswith('_norms')]:
         net, average = (nn.ParameterDict({'p': nn.Parameter(g.weights()[name].clone())}) for _ in range(2))
         ema = train.EMA(net, g.config['ema_rate'])
         for k in range(1, 1 + sum(o.endswith(f'.after_{name}') for o in g.outputs)):
@@ -346,7 +355,8 @@ def compare(g, got) -> Verdict:
             wrong.append(f'{name} has shape {tuple(have.shape)}, expected {tuple(want.shape)}')
             continue
         error = (have - want).abs()
-        error = torch.where(have == want, 0., error)                                  # two equal infinities differ by nothing
+        error = torch.where(have == want, 0.,
+                            error)                                  # two equal infinities differ by nothing
         worst = max(worst, float(error.nan_to_num(math.inf).max()) if error.numel() else 0.)
         if not bool((error <= atol + rtol * want.abs()).all()): wrong.append(f'{name} is off by {float(error.max()):.2g}')
     total, source = len(g.outputs), g.info.get('official', g.info.get('system', ''))
@@ -376,9 +386,11 @@ def check(
 def in_own_process(g, schemas) -> Verdict:
     "A full-size golden in a process of its own, so that its memory is given back"
     command = [sys.executable, '-m', 'tests.parity', str(g.path.parent), '--one', g.path.stem]
-    done = subprocess.run(command + (['--schemas', str(schemas)] if schemas else []), capture_output=True, text=True, cwd=HERE.parent)
+    done = subprocess.run(command + (['--schemas', str(schemas)] if schemas else []), capture_output=True, text=True,
+                          cwd=HERE.parent)
     if done.returncode != 0:
-        return Verdict(g.name, g.info.get('system', ''), 'FAILED', None, f'process ended with {done.returncode}: {done.stderr.strip()[-300:]}')
+        return Verdict(g.name, g.info.get('system', ''), 'FAILED', None,
+                       f'process ended with {done.returncode}: {done.stderr.strip()[-300:]}')
     return Verdict(**json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -413,8 +425,10 @@ def line(v) -> str:
 
 def main(argv=None) -> int:
     "The command; 0 when nothing failed"
-    p = argparse.ArgumentParser(prog='python -m tests.parity', description='Compare diffcourse with golden outputs of the official code')
-    p.add_argument('dir', nargs='?', type=Path, default=HERE / 'golden', help='folder of golden files (default: tests/golden)')
+    p = argparse.ArgumentParser(prog='python -m tests.parity',
+                                description='Compare diffcourse with golden outputs of the official code')
+    p.add_argument('dir', nargs='?', type=Path, default=HERE / 'golden',
+                   help='folder of golden files (default: tests/golden)')
     p.add_argument('--only', default='*', metavar='GLOB', help='names to check, such as "p_*"')
     p.add_argument('--full', action='store_true', help='also the released sizes (full__*), one process each')
     p.add_argument('--json', type=Path, metavar='FILE', help='write the verdicts here')

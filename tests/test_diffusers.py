@@ -15,9 +15,11 @@ KINDS = dict(eps='epsilon', x0='sample', v='v_prediction')
 
 def network(dtype=torch.float32, **changes):
     "A small U-Net with random weights everywhere (a fresh one answers zero)"
-    settings = dict(in_channels=1, channels=16, multipliers=(1, 2), blocks=1, attention_resolutions=(4,), image_size=8, groups=8)
+    settings = dict(in_channels=1, channels=16, multipliers=(1, 2), blocks=1, attention_resolutions=(4,),
+                    image_size=8, groups=8)
     net, g = UNet(**settings | changes).eval(), generator(0)
-    for p in net.parameters(): p.data = torch.randn(p.shape, generator=g) * (1. / p[0].numel() ** .5 if p.ndim > 1 else .1)
+    for p in net.parameters(): p.data = torch.randn(p.shape,
+                                                    generator=g) * (1. / p[0].numel() ** .5 if p.ndim > 1 else .1)
     return net.to(dtype)
 
 
@@ -34,7 +36,8 @@ def pipeline(folder, dtype=torch.float32):
 def test_scheduler_steps(kind, clip, variance):
     "Every tenth step of a thousand, from the same noise: equal to 1e-6 of the state's size"
     schedule = ddpm.Schedule.linear(1000)
-    theirs = diffusers.DDPMScheduler(trained_betas=schedule.betas.tolist(), prediction_type=KINDS[kind], clip_sample=clip, variance_type=variance)
+    theirs = diffusers.DDPMScheduler(trained_betas=schedule.betas.tolist(), prediction_type=KINDS[kind],
+                                     clip_sample=clip, variance_type=variance)
     theirs.betas, theirs.alphas_cumprod = schedule.betas, schedule.alphas_cumprod      # the same float64 tables, so that only the step is compared
     theirs.alphas, theirs.one = 1 - schedule.betas, torch.tensor(1., dtype=torch.float64)
     denoiser = ddpm.Denoiser(lambda x, t: raw, schedule, kind, variance).guided(x0=ddpm.clip_x0 if clip else None)
@@ -62,20 +65,25 @@ def test_scheduler_steps_can_differ():
 
 
 @pytest.mark.parametrize('changes', [
-    {}, dict(image_size=28, multipliers=(1, 2, 2), attention_resolutions=(7, 14)), dict(in_channels=3, blocks=2, attention_resolutions=()),
-    dict(middle_attention=False), dict(channels=32, groups=32, multipliers=(1, 2, 4), image_size=16, attention_resolutions=(16, 4))])
+    {}, dict(image_size=28, multipliers=(1, 2, 2), attention_resolutions=(7, 14)), dict(in_channels=3, blocks=2,
+        attention_resolutions=()),
+    dict(middle_attention=False), dict(channels=32, groups=32, multipliers=(1, 2, 4), image_size=16,
+                                       attention_resolutions=(16, 4))])
 def test_network(changes):
     "The renamed weights make the same network"
     net = network(torch.float64, **changes)
     config, state = unet_to_diffusers(net)
     theirs = diffusers.UNet2DModel.from_config(config).double().eval()
     theirs.load_state_dict(state, strict=True)
-    x = torch.randn(2, net.in_channels, net.config['image_size'], net.config['image_size'], generator=generator(4), dtype=torch.float64)
+    x = torch.randn(2, net.in_channels, net.config['image_size'], net.config['image_size'], generator=generator(4),
+                    dtype=torch.float64)
     t = torch.tensor([3, 700])
-    with torch.no_grad(): torch.testing.assert_close(net(x, t), theirs(x, t).sample, rtol=1e-5, atol=1e-5)  # their time embedding is float32
+    with torch.no_grad(): torch.testing.assert_close(net(x, t), theirs(x, t).sample, rtol=1e-5,
+                                                     atol=1e-5)  # their time embedding is float32
 
 
-@pytest.mark.parametrize('kind, variance, clip', [('eps', 'fixed_small', True), ('v', 'fixed_large', True), ('x0', 'fixed_small', False)])
+@pytest.mark.parametrize('kind, variance, clip', [('eps', 'fixed_small', True), ('v', 'fixed_large', True),
+                                                  ('x0', 'fixed_small', False)])
 def test_folder_samples_the_same_pictures(tmp_path, kind, variance, clip):
     "DDPMPipeline from the folder and our sampler, from one generator: every byte equal"
     net, schedule, shape = network(), ddpm.Schedule.linear(25), (3, 1, 8, 8)

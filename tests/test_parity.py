@@ -46,7 +46,8 @@ def swap_halves(original):
 
 def other_frequencies(original):
     other = {'cos_sin': 'sin_cos', 'sin_cos': 'cos_sin'}
-    return lambda t, dim, max_period=10000, order='cos_sin': original(t, dim, max_period, other[order]).roll(dim // 2, 1)
+    return lambda t, dim, max_period=10000, order='cos_sin': original(t, dim, max_period, other[order]).roll(dim // 2,
+        1)
 
 
 def integer_time(original):
@@ -87,7 +88,8 @@ def skips_in_order(original):
 
 
 def beta_off_by_one(original):
-    def linear(T=1000, start=1e-4, end=.02): return ddpm.Schedule(torch.linspace(start, end, T + 1, dtype=torch.float64)[1:] * (1000 / T))
+    def linear(T=1000, start=1e-4, end=.02): return ddpm.Schedule(torch.linspace(start, end, T + 1,
+            dtype=torch.float64)[1:] * (1000 / T))
     return staticmethod(linear)
 
 
@@ -100,7 +102,8 @@ def variance_not_deviation(original):
     return lambda x0, ᾱ, noise: ddpm.spread(ᾱ.sqrt(), x0) * x0 + ddpm.spread(1 - ᾱ, x0) * noise
 
 
-def coefficients_swapped(original): return property(lambda self: original.fget(self).flip(0) if self.ᾱ.ndim else original.fget(self) * 1.001)
+def coefficients_swapped(original): return property(lambda self: original.fget(self).flip(0)
+                                                    if self.ᾱ.ndim else original.fget(self) * 1.001)
 
 
 def no_floor(original): return property(lambda self: self.β.log())
@@ -157,7 +160,8 @@ MUTATIONS = [
 ]
 
 
-@pytest.mark.parametrize('name, where, attribute, change', MUTATIONS, ids=lambda v: v if isinstance(v, str) else getattr(v, '__name__', ''))
+@pytest.mark.parametrize('name, where, attribute, change', MUTATIONS,
+                         ids=lambda v: v if isinstance(v, str) else getattr(v, '__name__', ''))
 def test_notices(monkeypatch, name, where, attribute, change):
     "Every check can fail"
     monkeypatch.setattr(where, attribute, change(vars(where)[attribute]))
@@ -172,7 +176,8 @@ def test_every_checker_was_seen_failing():
 def test_full_size_checker_fails_too(monkeypatch, tmp_path):
     "The released-size check, on a small layout made for it: passes, and fails with other weights"
     from safetensors.torch import save_file
-    config = dict(model=dict(in_channels=3, out_ch=3, ch=32, ch_mult=[1, 2], num_res_blocks=1, attn_resolutions=[4], dropout=0.), image_size=8)
+    config = dict(model=dict(in_channels=3, out_ch=3, ch=32, ch_mult=[1, 2], num_res_blocks=1, attn_resolutions=[4],
+                             dropout=0.), image_size=8)
     net = unet.UNet.from_config(config).eval()
     shapes = {k: list(v.shape) for k, v in net.state_dict().items()}
     (tmp_path / 'ddpm-ermongroup__toy.json').write_text(json.dumps(dict(config=config, state_dict=shapes)))
@@ -181,7 +186,8 @@ def test_full_size_checker_fails_too(monkeypatch, tmp_path):
     with torch.no_grad(): y = net(x, t)
     save_file({'in/x': x, 'in/timesteps': t, 'out/y::flat_stride7': y.flatten()[::7].contiguous(),
                'out/y::mean_std': torch.stack([y.mean(), y.std()])}, tmp_path / 'full__ddpm_toy.safetensors')
-    info = dict(name='full__ddpm_toy', keys_file='schemas/ddpm-ermongroup__toy.json', salt='salt/', gain=.9, rtol=1e-4, atol=1e-4)
+    info = dict(name='full__ddpm_toy', keys_file='schemas/ddpm-ermongroup__toy.json', salt='salt/', gain=.9,
+                rtol=1e-4, atol=1e-4)
     (tmp_path / 'full__ddpm_toy.json').write_text(json.dumps(info))
     g = parity.Golden(tmp_path / 'full__ddpm_toy.json', tmp_path)
     assert parity.check(g).word == 'passed'
@@ -206,7 +212,8 @@ def test_epsilon_of_the_norms():
 
 def test_time_is_invisible_with_one_channel_a_group(monkeypatch):
     "Why the goldens have levels of 64 channels: with 32 groups on 32 channels no check of the time embedding can fail"
-    def build(): return unet.UNet(3, channels=32, multipliers=(1,), blocks=1, attention_resolutions=(), image_size=8).eval()
+    def build(): return unet.UNet(3, channels=32, multipliers=(1,), blocks=1, attention_resolutions=(),
+                                  image_size=8).eval()
     torch.manual_seed(0)
     net = build()
     for p in net.parameters(): nn.init.normal_(p, std=.2)
@@ -220,7 +227,8 @@ def test_time_is_invisible_with_one_channel_a_group(monkeypatch):
     ('f(x,t) = cat([0.6*x + 0.2*sin(t/100), 0.5*cos(x)], dim=1) with t as given to the model (mapped, and a float)',
      lambda x, t, c: torch.cat([.6 * x + .2 * torch.sin(t / 100), .5 * torch.cos(x)], 1)),
     ('as elsewhere: cat([-0.3*x, x*cos(t/7)], 1)', lambda x, t, c: torch.cat([-.3 * x, x * torch.cos(t / 7)], 1)),
-    ('v(x,t,c) = 0.3*x + 0.05*mean(c over tokens and channels)', lambda x, t, c: .3 * x + .05 * c.mean((1, 2)).reshape(-1, 1, 1, 1)),
+    ('v(x,t,c) = 0.3*x + 0.05*mean(c over tokens and channels)', lambda x, t,
+     c: .3 * x + .05 * c.mean((1, 2)).reshape(-1, 1, 1, 1)),
     ('0.8*x/(1+t^2) + 0.1*cos(t)', lambda x, t, c: .8 * x / (1 + t ** 2) + .1 * torch.cos(t)),
 ])
 def test_formulas(text, want):
@@ -232,7 +240,8 @@ def test_formulas(text, want):
 def test_formulas_run_nothing_else(text):
     try: value = parity.formula(text)(torch.ones(1, 1))
     except CourseError: return
-    assert isinstance(value, torch.Tensor) and value.equal(torch.ones(1, 1))   # the part in front of the dot: the bare x
+    assert isinstance(value,
+                      torch.Tensor) and value.equal(torch.ones(1, 1))   # the part in front of the dot: the bare x
 
 
 def test_command(tmp_path, capsys):
@@ -250,7 +259,8 @@ def test_broken_golden_fails_and_does_not_crash(tmp_path):
     info = json.loads((parity.HERE / 'golden' / 'ddpm_unet_ermongroup.json').read_text())
     (tmp_path / 'ddpm_unet_ermongroup.json').write_text(json.dumps(info))
     tensors = parity.Golden(parity.HERE / 'golden' / 'ddpm_unet_ermongroup.json').tensors
-    save_file({k: v for k, v in tensors.items() if k != 'weights/mid.attn_1.q.weight'}, tmp_path / 'ddpm_unet_ermongroup.safetensors')
+    save_file({k: v for k, v in tensors.items() if k != 'weights/mid.attn_1.q.weight'},
+              tmp_path / 'ddpm_unet_ermongroup.safetensors')
     v, = parity.run(tmp_path)
     assert v.word == 'FAILED' and 'mid.attn_1.q.weight' in v.note
     path = tmp_path / 'ddpm_unet_ermongroup.safetensors'
@@ -264,11 +274,13 @@ def test_other_configurations(tmp_path):
     "Nothing is tied to the stored sizes: another schedule length and another network, written by this package, are read back"
     from safetensors.torch import save_file
     s = ddpm.Schedule.linear(40)
-    save_file({'out/linear_40/betas': s.betas, 'out/linear_40/posterior_variance': s.posterior_variance}, tmp_path / 'schedules.safetensors')
+    save_file({'out/linear_40/betas': s.betas, 'out/linear_40/posterior_variance': s.posterior_variance},
+              tmp_path / 'schedules.safetensors')
     (tmp_path / 'schedules.json').write_text(json.dumps(dict(name='schedules', rtol=1e-10, atol=1e-14)))
     x, t = torch.randn(3, 3, 4, 4), torch.tensor([0, 17, 39])
     save_file({'in/x': x, 'in/t': t, 'in/model_output_3': x.flip(0),
                'out/EPSILON.FIXED_SMALL.clip0/pred_xstart': (x - s.sqrt_one_minus_alphas_cumprod[t].float().reshape(-1, 1, 1, 1) * x.flip(0))
                / s.sqrt_alphas_cumprod[t].float().reshape(-1, 1, 1, 1)}, tmp_path / 'p_mean_variance.safetensors')
-    (tmp_path / 'p_mean_variance.json').write_text(json.dumps(dict(config=dict(T=40, schedule='linear'), rtol=1e-5, atol=1e-5)))
+    (tmp_path / 'p_mean_variance.json').write_text(json.dumps(dict(config=dict(T=40, schedule='linear'), rtol=1e-5,
+                                                                   atol=1e-5)))
     assert [v.word for v in parity.run(tmp_path)] == ['passed', 'passed']
