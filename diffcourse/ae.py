@@ -7,7 +7,7 @@ __all__ = ['AE_SETTINGS', 'ae_fashion', 'ae_fashion_2d', 'PCA', 'Encoder', 'Deco
            'evaluate', 'ae_recipe', 'knn_accuracy', 'linear_probe', 'CodeGaussian', 'prior_samples', 'nearest',
            'interpolate', 'denoising_loss']
 
-# %% ../nbs/03_ae.ipynb #13d26795
+# %% ../nbs/03_ae.ipynb #85ea948e
 import math
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from .data import fashion_mnist
 from .layers import group_norm
 from .train import Recipe, register
 
-# %% ../nbs/03_ae.ipynb #864dc68b
+# %% ../nbs/03_ae.ipynb #13f7544f
 @dataclass
 class PCA:
     "The best linear autoencoder: projection on the leading eigenvectors of the covariance"
@@ -53,7 +53,7 @@ class PCA:
         "Drawings (N, *shape) from codes (N, d)"
         return (z @ self.components + self.mean).reshape(-1, *shape)
 
-# %% ../nbs/03_ae.ipynb #a36d2b15
+# %% ../nbs/03_ae.ipynb #33d1216c
 class Encoder(nn.Module):
     "Picture → code: two halvings of the resolution, then one linear layer"
     def __init__(self,
@@ -76,7 +76,7 @@ class Encoder(nn.Module):
         require(x.shape[1:] == self.shape, f'pictures are {tuple(x.shape[1:])}, this encoder takes {self.shape}')
         return self.head(self.body(x).flatten(1))
 
-# %% ../nbs/03_ae.ipynb #5bebceb5
+# %% ../nbs/03_ae.ipynb #04f842b6
 class Decoder(nn.Module):
     "Code → picture: one linear layer, then two doublings of the resolution"
     def __init__(self,
@@ -98,7 +98,7 @@ class Decoder(nn.Module):
         "Pictures (B, C, H, W) from codes (B, latent): real numbers, trained to lie in [-1, 1]"
         return self.body(self.stem(z))
 
-# %% ../nbs/03_ae.ipynb #4a6dfd01
+# %% ../nbs/03_ae.ipynb #5e471b55
 class AutoEncoder(nn.Module):
     "An encoder and a decoder that share a code"
     def __init__(self,
@@ -115,7 +115,7 @@ class AutoEncoder(nn.Module):
         "The drawing of each picture, (B, C, H, W)"
         return self.decoder(self.encoder(x))
 
-# %% ../nbs/03_ae.ipynb #95c9edcd
+# %% ../nbs/03_ae.ipynb #407527d2
 def ae_loss(
     model: nn.Module,  # pictures → drawings
     batch: dict,       # 'x': pictures (B, C, H, W) in [-1, 1]
@@ -124,7 +124,7 @@ def ae_loss(
     "Mean squared error per pixel between the pictures and their drawings"
     return F.mse_loss(model(batch['x']), batch['x'])
 
-# %% ../nbs/03_ae.ipynb #168ff9ac
+# %% ../nbs/03_ae.ipynb #e12a79ad
 def in_batches(
     f,               # function of a batch of tensors, such as a model
     x: Tensor,       # (N, ...)
@@ -134,7 +134,7 @@ def in_batches(
     p = next(iter(f.parameters()), x) if isinstance(f, nn.Module) else x
     with torch.no_grad(): return torch.cat([f(part.to(p.device)).float().cpu() for part in x.split(size)])
 
-# %% ../nbs/03_ae.ipynb #9bd4e338
+# %% ../nbs/03_ae.ipynb #e74f93ab
 def evaluate(
     model: nn.Module,         # pictures → drawings
     x: Tensor | None = None,  # pictures in [-1, 1]; default: the first 2,000 test pictures of Fashion-MNIST
@@ -144,14 +144,14 @@ def evaluate(
     mse = float((in_batches(model, x) - x).double().square().mean())
     return {'mse': mse, 'psnr': 10 * math.log10(4 / mse)}
 
-# %% ../nbs/03_ae.ipynb #99cbb0d9
+# %% ../nbs/03_ae.ipynb #213fa620
 AE_SETTINGS = {
     'smoke': dict(steps=24, batch_size=64, lr=4e-3, warmup=5, ema=.9),
     'laptop': dict(steps=1000, batch_size=128, lr=3e-3, ema=.999),
     'gpu': dict(steps=8000, batch_size=512, lr=3e-3, ema=.999),
 }
 
-# %% ../nbs/03_ae.ipynb #51a0fb6e
+# %% ../nbs/03_ae.ipynb #ff57ffcf
 def ae_recipe(
     name: str,   # of the recipe and of its weights
     latent: int, # numbers in a code
@@ -164,11 +164,11 @@ def ae_recipe(
         settings=settings, evaluate=evaluate, reconstruct=lambda model, x: in_batches(model, x),
         sample=lambda model, n, seed=0: prior_samples(model, n, seed))
 
-# %% ../nbs/03_ae.ipynb #d260bc93
+# %% ../nbs/03_ae.ipynb #c5aa50fc
 ae_fashion = register(ae_recipe('ae_fashion', latent=16))
 ae_fashion_2d = register(ae_recipe('ae_fashion_2d', latent=2))
 
-# %% ../nbs/03_ae.ipynb #019479e6
+# %% ../nbs/03_ae.ipynb #e2e72a5f
 def knn_accuracy(
     z: Tensor,           # codes with known classes, (N, d)
     labels: Tensor,      # the classes, (N,)
@@ -180,7 +180,7 @@ def knn_accuracy(
     near = torch.cat([torch.cdist(part, z).topk(k, largest=False).indices for part in test_z.split(500)])
     return float((labels[near].mode(1).values == test_labels).double().mean())
 
-# %% ../nbs/03_ae.ipynb #56839189
+# %% ../nbs/03_ae.ipynb #d335ad8c
 def linear_probe(
     z: Tensor,           # codes with known classes, (N, d)
     labels: Tensor,      # the classes, (N,)
@@ -201,7 +201,7 @@ def linear_probe(
     with torch.enable_grad(): optimizer.step(closure)
     return float(((rows(test_z) @ W).argmax(1) == test_labels).double().mean())
 
-# %% ../nbs/03_ae.ipynb #16b8b188
+# %% ../nbs/03_ae.ipynb #ef7421da
 @dataclass
 class CodeGaussian:
     "A normal distribution with the mean and covariance of a set of codes"
@@ -226,7 +226,7 @@ class CodeGaussian:
         noise = torch.randn(n, len(self.mean), generator=gen, dtype=self.mean.dtype)
         return self.mean + noise @ self.cholesky.T
 
-# %% ../nbs/03_ae.ipynb #86ce9491
+# %% ../nbs/03_ae.ipynb #5d626ab1
 def prior_samples(
     model: nn.Module,  # an `AutoEncoder` of Fashion-MNIST
     n: int,            # how many pictures
@@ -236,7 +236,7 @@ def prior_samples(
     z = in_batches(model.encoder, to_float(fashion_mnist('train').images[:5000]))
     return in_batches(model.decoder, CodeGaussian.fit(z).sample(n, generator(seed))).clamp(-1, 1)
 
-# %% ../nbs/03_ae.ipynb #e8c23e6a
+# %% ../nbs/03_ae.ipynb #2b71d45b
 def nearest(
     z: Tensor,          # codes, (N, d)
     reference: Tensor,  # codes to compare with, (M, d)
@@ -244,7 +244,7 @@ def nearest(
     "Distance from each code to the nearest reference code"
     return torch.cat([torch.cdist(part, reference).amin(1) for part in z.split(500)])
 
-# %% ../nbs/03_ae.ipynb #f012b1b3
+# %% ../nbs/03_ae.ipynb #75e6275b
 def interpolate(
     a: Tensor,      # codes to start from, (N, d)
     b: Tensor,      # codes to arrive at, (N, d)
@@ -254,7 +254,7 @@ def interpolate(
     w = torch.linspace(0, 1, steps).to(a).reshape(1, -1, 1)
     return (1 - w) * a[:, None] + w * b[:, None]
 
-# %% ../nbs/03_ae.ipynb #bdf275d6
+# %% ../nbs/03_ae.ipynb #bf648766
 def denoising_loss(
     sigma: float,  # standard deviation of the noise that is added
 ):                 # a loss for the Trainer

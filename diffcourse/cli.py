@@ -7,14 +7,14 @@ __all__ = ['app', 'data_app', 'weights_app', 'OptBudget', 'OptDevice', 'OptWeigh
            'reconstruct', 'data_get', 'data_verify', 'weights_list', 'weights_verify', 'notebooks', 'doctor', 'demo',
            'main']
 
-# %% ../nbs/18a_cli.ipynb #08c1a5da
+# %% ../nbs/18a_cli.ipynb #3aa9077e
 import importlib, os, shutil, sys, time
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-# %% ../nbs/18a_cli.ipynb #02167481
+# %% ../nbs/18a_cli.ipynb #839dd5f0
 app = typer.Typer(name='diffcourse', no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   context_settings={'help_option_names': ['-h', '--help']},
                   help='From autoencoders to Stable Diffusion: train, sample and measure every rung of the course.')
@@ -23,13 +23,13 @@ weights_app = typer.Typer(no_args_is_help=True, help='List and check the shipped
 app.add_typer(data_app, name='data')
 app.add_typer(weights_app, name='weights')
 
-# %% ../nbs/18a_cli.ipynb #6e2d2f38
+# %% ../nbs/18a_cli.ipynb #32e987bf
 OptBudget = Annotated[Optional[str], typer.Option('--budget', help='smoke (seconds), laptop (CPU minutes) or gpu; default: $DIFFCOURSE_BUDGET, then laptop.')]
 OptDevice = Annotated[Optional[str], typer.Option('--device', help='cuda, mps or cpu; default: the best present.')]
 OptWeights = Annotated[Optional[Path], typer.Option('--weights', help='A .safetensors file that `train` wrote; default: the shipped weights.')]
 OptSeed = Annotated[int, typer.Option('--seed', help='The same seed gives the same result.')]
 
-# %% ../nbs/18a_cli.ipynb #d5e6dd0e
+# %% ../nbs/18a_cli.ipynb #03a64c49
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help='A recipe of `diffcourse weights list`, or "all".')],
@@ -60,7 +60,7 @@ def train(
         rows.append((name, round(card['seconds'], 1), card['steps'], card['loss'], reached or '–', str(out / name)))
     print(Table(rows, ('recipe', 'seconds', 'steps', 'loss', 'measured', 'written to')))
 
-# %% ../nbs/18a_cli.ipynb #ad722060
+# %% ../nbs/18a_cli.ipynb #7cb0f92e
 def save_grid(
     x,           # pictures, (B, C, H, W) in [-1, 1]
     path: Path,  # of a PNG file
@@ -72,7 +72,7 @@ def save_grid(
     with atomic_write(path) as tmp: Image.fromarray(image_grid(x, columns, scale=max(1, 96 // x.shape[-1]))).save(tmp, 'PNG')
     print(f'{len(x)} pictures of {x.shape[-1]}×{x.shape[-2]} in {path}')
 
-# %% ../nbs/18a_cli.ipynb #5cde1b08
+# %% ../nbs/18a_cli.ipynb #03f6c3d4
 @app.command()
 def sample(
     recipe: Annotated[str, typer.Argument(help='A recipe that generates: vae_fashion, ddpm_fashion, …')],
@@ -85,7 +85,7 @@ def sample(
     from diffcourse.core import default_device
     save_grid(zoo.sample(recipe, n, seed, weights, default_device(device)), out)
 
-# %% ../nbs/18a_cli.ipynb #3cd387de
+# %% ../nbs/18a_cli.ipynb #4348a229
 @app.command()
 def reconstruct(
     recipe: Annotated[str, typer.Argument(help='A recipe that encodes and decodes: ae_fashion, vae_fashion.')],
@@ -104,14 +104,14 @@ def reconstruct(
     images = images.images[:n]
     save_grid(torch.cat([to_float(images), zoo.reconstruct(recipe, images, weights, default_device(device))]), out, len(images))
 
-# %% ../nbs/18a_cli.ipynb #7c4f9b46
+# %% ../nbs/18a_cli.ipynb #0e185517
 @data_app.command('get')
 def data_get(name: Annotated[str, typer.Argument(help='fashion_mnist, mnist or cifar10.')]):
     "Fetch a full data set into the cache folder ($DIFFCOURSE_HOME); verified before it gets its name."
     from diffcourse import data
     print(data.get(name))
 
-# %% ../nbs/18a_cli.ipynb #79c8865e
+# %% ../nbs/18a_cli.ipynb #d23945b0
 @data_app.command('verify')
 def data_verify(name: Annotated[Optional[str], typer.Argument(help='One set; default: all that is here.')] = None):
     "Check every embedded and fetched data set against its SHA-256."
@@ -119,14 +119,14 @@ def data_verify(name: Annotated[Optional[str], typer.Argument(help='One set; def
     from diffcourse.core import Table
     print(Table(data.verify(name), ('data', 'state')))
 
-# %% ../nbs/18a_cli.ipynb #be2dd791
+# %% ../nbs/18a_cli.ipynb #1b9d22bf
 @weights_app.command('list')
 def weights_list():
     "What is shipped: recipe, parameters, where and how long it was trained, what it reached."
     from diffcourse import zoo
     print(zoo.recipes())
 
-# %% ../nbs/18a_cli.ipynb #530fee48
+# %% ../nbs/18a_cli.ipynb #56fa7533
 @weights_app.command('verify')
 def weights_verify():
     "Check every shipped weight file: SHA-256, and that it loads into its network key for key."
@@ -139,7 +139,7 @@ def weights_verify():
     for row in report.rows: zoo.load(row[0], device='cpu')
     print(report)
 
-# %% ../nbs/18a_cli.ipynb #40ed1887
+# %% ../nbs/18a_cli.ipynb #36263ded
 @app.command()
 def notebooks(
     out: Annotated[Path, typer.Argument(help='A folder to copy the notebooks into.')],
@@ -156,7 +156,7 @@ def notebooks(
     for f in files: shutil.copy2(f, out / f.name)
     print(f'{len(files) - 1} notebooks in {out}; open them with: jupyter lab {out}')
 
-# %% ../nbs/18a_cli.ipynb #9b7653a9
+# %% ../nbs/18a_cli.ipynb #ecbfcc8d
 def _diagnosis() -> list:
     "(what, finding) rows; a finding that starts with ✗ needs attention"
     import torch
@@ -176,7 +176,7 @@ def _diagnosis() -> list:
         except ImportError: rows.append((name, f'✗ missing: pip install {name}'))
     return rows
 
-# %% ../nbs/18a_cli.ipynb #0c753e0f
+# %% ../nbs/18a_cli.ipynb #e66585b7
 @app.command()
 def doctor():
     "What this machine has and what is missing; exit code 1 if something needs attention."
@@ -185,7 +185,7 @@ def doctor():
     print(Table(rows, ('what', 'found')))
     if any(str(v).startswith('✗') for _, v in rows): raise typer.Exit(1)
 
-# %% ../nbs/18a_cli.ipynb #cc777cc6
+# %% ../nbs/18a_cli.ipynb #28b4f098
 def _notebook_page(out: Path) -> Path | None:
     "Execute the DDPM notebook at smoke budget and write it as HTML; None without nbconvert"
     try:
@@ -204,7 +204,7 @@ def _notebook_page(out: Path) -> Path | None:
     with atomic_write(out / 'ddpm.html') as tmp: tmp.write_text(HTMLExporter(template_name='lab').from_notebook_node(nb)[0], encoding='utf-8')
     return out / 'ddpm.html'
 
-# %% ../nbs/18a_cli.ipynb #33e61a64
+# %% ../nbs/18a_cli.ipynb #fa2ae698
 def _demo_training(out: Path, seconds: float) -> tuple:
     "Train the small DDPM for about `seconds`; returns (card, samples from it)"
     from diffcourse import zoo
@@ -216,7 +216,7 @@ def _demo_training(out: Path, seconds: float) -> tuple:
     zoo.save_weights(out / 'ddpm_fashion_small.safetensors', model, trainer.card())
     return trainer.card(), recipe.sample(model.to(default_device()), 24, 0)
 
-# %% ../nbs/18a_cli.ipynb #a9d45f8a
+# %% ../nbs/18a_cli.ipynb #d39ed092
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help='Where the pictures go.')] = Path('demo'),
@@ -243,7 +243,7 @@ def demo(
     print(f'\nLook at {out}/ladder.png and {out}/trained_here.png' + (f', read {page} in a browser' if page else '') +
           '.\nNext: make lab opens the notebooks; diffcourse sample ddpm_fashion draws more; diffcourse train ddpm_fashion trains the better one.')
 
-# %% ../nbs/18a_cli.ipynb #15a7e08d
+# %% ../nbs/18a_cli.ipynb #5c1fde55
 def main() -> None:
     "The `diffcourse` command"
     from diffcourse.core import CourseError
@@ -253,5 +253,5 @@ def main() -> None:
     print(f'diffcourse: {message}', file=sys.stderr)
     sys.exit(code)
 
-# %% ../nbs/18a_cli.ipynb #b2738cc4
+# %% ../nbs/18a_cli.ipynb #4e8587b7
 if __name__ == '__main__' and '__file__' in globals(): main()  # a notebook is __main__ too, but has no file

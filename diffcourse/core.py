@@ -8,7 +8,7 @@ __all__ = ['BUDGETS', 'CourseError', 'require', 'default_device', 'fast_bf16', '
            'to_uint8', 'image_grid', 'show_images', 'Animation', 'animate', 'plot_lines', 'smooth', 'Table', 'verdict',
            'claim', 'ledger', 'Grade', 'Exercise']
 
-# %% ../nbs/00_core.ipynb #c5e29572
+# %% ../nbs/00_core.ipynb #24719175
 import ast, hashlib, io, json, os, tempfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# %% ../nbs/00_core.ipynb #eee84f32
+# %% ../nbs/00_core.ipynb #5ee62655
 class CourseError(ValueError):
     "Bad input: the message names the thing and the fix"
 
-# %% ../nbs/00_core.ipynb #3742b7f6
+# %% ../nbs/00_core.ipynb #8d472c4e
 def require(
     ok: bool,      # what must hold
     message: str,  # names the argument, the value found and the legal range
@@ -31,7 +31,7 @@ def require(
     "Raise `CourseError(message)` unless `ok`"
     if not ok: raise CourseError(message)
 
-# %% ../nbs/00_core.ipynb #eb745354
+# %% ../nbs/00_core.ipynb #01e805c5
 def default_device(
     name: str | None = None,  # 'cuda', 'mps', 'cpu' or 'cuda:1'; default: $DIFFCOURSE_DEVICE, then the best present
 ) -> torch.device:
@@ -46,7 +46,7 @@ def default_device(
     if torch.cuda.is_available(): return torch.device('cuda')
     return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
 
-# %% ../nbs/00_core.ipynb #398ac565
+# %% ../nbs/00_core.ipynb #4932ca12
 @lru_cache
 def fast_bf16(
     kind: str,  # a device type: 'cuda', 'mps' or 'cpu'
@@ -58,7 +58,7 @@ def fast_bf16(
     except OSError: return False
     return 'avx512_bf16' in flags or 'amx_bf16' in flags
 
-# %% ../nbs/00_core.ipynb #9a75ea60
+# %% ../nbs/00_core.ipynb #ab88980b
 def autocast(
     device: torch.device,       # where the computation runs
     enabled: bool | None = None, # default: only where `fast_bf16` says it pays
@@ -67,7 +67,7 @@ def autocast(
     if enabled is None: enabled = fast_bf16(device.type)
     return torch.autocast(device.type, torch.bfloat16) if enabled else nullcontext()
 
-# %% ../nbs/00_core.ipynb #895849e6
+# %% ../nbs/00_core.ipynb #58d0c6f8
 def generator(
     seed: int = 0,                         # any non-negative integer
     device: torch.device | str = 'cpu',    # where the numbers will be drawn
@@ -75,7 +75,7 @@ def generator(
     "A random generator of its own: drawing from it disturbs nobody else"
     return torch.Generator(device).manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #afaa7c08
+# %% ../nbs/00_core.ipynb #2dba5e86
 class Draws:
     "The random numbers of one training step: a function of (seed, step) alone, shared out among processes"
     def __init__(self,
@@ -105,7 +105,7 @@ class Draws:
         "`n` integers in [0, high)"
         return self._share(lambda m: torch.randint(high, (m,), generator=self.gen, device=self.gen.device), n)
 
-# %% ../nbs/00_core.ipynb #424acbd3
+# %% ../nbs/00_core.ipynb #577fc0c0
 BUDGETS = ('smoke', 'laptop', 'gpu')
 
 def budget(
@@ -116,32 +116,32 @@ def budget(
     require(name in BUDGETS, f'budget {name!r} is none of {", ".join(BUDGETS)}')
     return name
 
-# %% ../nbs/00_core.ipynb #929ac8de
+# %% ../nbs/00_core.ipynb #9dc64c66
 def sha256(
     path: str | Path,  # a file
 ) -> str:
     "The SHA-256 of a file, as 64 hexadecimal digits"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
-# %% ../nbs/00_core.ipynb #9163a8f5
+# %% ../nbs/00_core.ipynb #44276c06
 def asset_roots() -> list[Path]:
     "Where embedded files may lie: the installed package first, then the checkout"
     here = Path(__file__).resolve().parent if '__file__' in globals() else Path.cwd() / 'diffcourse'
     return [here / '_assets', here.parent / 'data', Path.cwd().parent / 'data']
 
-# %% ../nbs/00_core.ipynb #017d3b87
+# %% ../nbs/00_core.ipynb #2aac9c14
 def asset_root() -> Path:
     "The folder of the embedded files"
     for root in asset_roots():
         if (root / 'MANIFEST.json').exists(): return root
     raise CourseError('the embedded data is missing: reinstall diffcourse, or run from a complete checkout')
 
-# %% ../nbs/00_core.ipynb #a6150cca
+# %% ../nbs/00_core.ipynb #6aaa2126
 def manifest() -> dict:
     "What is embedded: path → {'sha256': …, 'bytes': …}"
     return json.loads((asset_root() / 'MANIFEST.json').read_text(encoding='utf-8'))
 
-# %% ../nbs/00_core.ipynb #25b37ea2
+# %% ../nbs/00_core.ipynb #6cfbda54
 def asset(
     name: str,            # path below data/, such as 'weights/ae.safetensors'
     verify: bool = True,  # compare the SHA-256 with the manifest's
@@ -155,7 +155,7 @@ def asset(
                           'diffcourse, or run scripts/manifest.py if you meant to change it')
     return path
 
-# %% ../nbs/00_core.ipynb #c7526024
+# %% ../nbs/00_core.ipynb #c791451b
 def home() -> Path:
     "Where downloads live: $DIFFCOURSE_HOME, else the platform's user cache"
     if os.environ.get('DIFFCOURSE_HOME'): return Path(os.environ['DIFFCOURSE_HOME']).expanduser()
@@ -164,12 +164,12 @@ def home() -> Path:
     else: base = Path(os.environ.get('XDG_CACHE_HOME', Path.home() / '.cache'))
     return base / 'diffcourse'
 
-# %% ../nbs/00_core.ipynb #77cbbb4c
+# %% ../nbs/00_core.ipynb #5c31ca1f
 def offline() -> bool:
     "Is the network forbidden by $DIFFCOURSE_OFFLINE?"
     return os.environ.get('DIFFCOURSE_OFFLINE', '0').lower() not in ('', '0', 'false', 'no')
 
-# %% ../nbs/00_core.ipynb #94888a0c
+# %% ../nbs/00_core.ipynb #8e45491a
 @contextmanager
 def atomic_write(
     path: str | Path,  # the final name
@@ -187,21 +187,21 @@ def atomic_write(
     finally:
         Path(tmp).unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #0ac36b25
+# %% ../nbs/00_core.ipynb #9b56c4ff
 def to_float(
     x: Tensor,  # bytes, (..., H, W) in 0…255
 ) -> Tensor:    # float32 in [-1, 1]
     "Bytes to network numbers"
     return x.float() / 127.5 - 1
 
-# %% ../nbs/00_core.ipynb #5c8c81fb
+# %% ../nbs/00_core.ipynb #4f3464b2
 def to_uint8(
     x: Tensor,  # network numbers, (..., H, W); values outside [-1, 1] are clipped
 ) -> Tensor:    # bytes
     "Network numbers to bytes, rounding to the nearest"
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
-# %% ../nbs/00_core.ipynb #ce7d76b3
+# %% ../nbs/00_core.ipynb #7823d62c
 def image_grid(
     x: Tensor,                # pictures, (B, C, H, W), C 1 or 3: bytes, or floats in [-1, 1]
     columns: int | None = None, # default: near a square
@@ -220,7 +220,7 @@ def image_grid(
         out[:, r * (h + pad):r * (h + pad) + h, c * (w + pad):c * (w + pad) + w] = p
     return out.permute(1, 2, 0).repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy()
 
-# %% ../nbs/00_core.ipynb #c72d28d6
+# %% ../nbs/00_core.ipynb #a2100904
 def show_images(
     x: Tensor,                        # pictures, (B, C, H, W): bytes, or floats in [-1, 1]
     titles: list[str] | None = None,  # one above each picture
@@ -247,8 +247,8 @@ def show_images(
     plt.close(fig)
     return fig
 
-# %% ../nbs/00_core.ipynb #ed08e3e4
-@dataclass
+# %% ../nbs/00_core.ipynb #ae009627
+@dataclass(repr=False)
 class Animation:
     "A looping film of image grids"
     frames: list[np.ndarray]  # bytes, each (H, W, 3)
@@ -262,13 +262,17 @@ class Animation:
         images[0].save(buffer, 'GIF', save_all=True, append_images=images[1:], duration=pause, loop=0)
         return buffer.getvalue()
 
+    def __repr__(self) -> str:
+        h, w = self.frames[0].shape[:2]
+        return f'Animation({len(self.frames)} frames of {h}×{w}, {self.seconds:g} s)'
+
     def _repr_html_(self) -> str:
         import base64
         h, w = self.frames[0].shape[:2]
         return (f'<img alt="animation of {len(self.frames)} frames" width="{w}" height="{h}" '
                 f'src="data:image/gif;base64,{base64.b64encode(self.gif()).decode()}">')
 
-# %% ../nbs/00_core.ipynb #e4a91b09
+# %% ../nbs/00_core.ipynb #50e58394
 def animate(
     states: list[Tensor],         # successive batches of pictures, each (B, C, H, W)
     frames: int = 24,             # show at most so many, evenly spaced, the last one always
@@ -281,7 +285,7 @@ def animate(
     keep = np.unique(np.linspace(0, len(states) - 1, min(frames, len(states))).round().astype(int))
     return Animation([image_grid(states[i], columns, scale=scale) for i in keep], seconds)
 
-# %% ../nbs/00_core.ipynb #5d8422ee
+# %% ../nbs/00_core.ipynb #b61c5df6
 def plot_lines(
     curves: dict[str, tuple],   # label → (x, y) or (x, y, spread)
     xlabel: str = 'step',       # with its unit
@@ -306,7 +310,7 @@ def plot_lines(
     plt.close(fig)
     return fig
 
-# %% ../nbs/00_core.ipynb #0045bb2b
+# %% ../nbs/00_core.ipynb #586ae9c5
 def smooth(
     y,               # numbers in order of time
     window: int = 50, # how many to average
@@ -316,7 +320,7 @@ def smooth(
     i = np.arange(1, len(c))
     return (c[i] - c[np.maximum(i - window, 0)]) / np.minimum(i, window)
 
-# %% ../nbs/00_core.ipynb #fc919c8d
+# %% ../nbs/00_core.ipynb #246f686b
 @dataclass
 class Table:
     "Rows under a header, shown as a table in a page and as aligned text elsewhere"
@@ -336,9 +340,10 @@ class Table:
 
     def _repr_markdown_(self) -> str:
         head, *body = self._cells()
-        return '\n'.join('| ' + ' | '.join(r) + ' |' for r in [head, ['---'] * len(head), *body])
+        row = lambda r: '| ' + ' | '.join(c.replace('|', '\\|') for c in r) + ' |'
+        return '\n'.join(map(row, [head, ['---'] * len(head), *body]))
 
-# %% ../nbs/00_core.ipynb #a0a94074
+# %% ../nbs/00_core.ipynb #bf67d2f1
 _SAFE = (ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.Not, ast.UnaryOp, ast.USub, ast.BinOp, ast.Add, ast.Sub, ast.Mult,
          ast.Div, ast.Pow, ast.Compare, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq, ast.Name, ast.Load, ast.Constant, ast.Call)
 
@@ -354,19 +359,19 @@ def verdict(
     require(names <= set(numbers), f'the rule {rule!r} needs {sorted(names - set(numbers))}')
     return bool(eval(compile(tree, rule, 'eval'), {'__builtins__': {}, 'abs': abs, 'min': min, 'max': max}, dict(numbers)))
 
-# %% ../nbs/00_core.ipynb #622e0e3b
+# %% ../nbs/00_core.ipynb #54477769
 def _claims(name: str) -> dict:
     "One of the ledger's two files, rules or results"
     return json.loads(asset(f'claims/{name}.json').read_text(encoding='utf-8')) if f'claims/{name}.json' in manifest() else {}
 
-# %% ../nbs/00_core.ipynb #5dbfab93
+# %% ../nbs/00_core.ipynb #c97e3d72
 def _claim_row(id: str, rule: dict, numbers: dict | None) -> tuple:
     "A claim's row: what was measured, and what the rule says of it"
     if not numbers: return id, rule['claim'], '–', rule['rule'], 'not measured yet'
     word = 'reproduced' if verdict(rule['rule'], numbers) else rule.get('otherwise', 'not at this scale')
     return id, rule['claim'], ', '.join(f'{k} = {v:.4g}' for k, v in numbers.items()), rule['rule'], word
 
-# %% ../nbs/00_core.ipynb #95556de6
+# %% ../nbs/00_core.ipynb #7db5c180
 def claim(
     id: str,    # such as 'AE-1'
     **numbers,  # what was measured, under the names that the rule uses; none: what is stored in data/claims/results.json
@@ -377,7 +382,7 @@ def claim(
     row = _claim_row(id, rules[id], numbers or _claims('results').get(id, {}).get('numbers'))
     return Table([row], ('id', 'claim', 'measured', 'rule', 'verdict'))
 
-# %% ../nbs/00_core.ipynb #32099f55
+# %% ../nbs/00_core.ipynb #71b6f501
 def ledger() -> Table:
     "Every claim with its paper, its stored numbers, how they were made, and the verdict of its rule"
     results, rows = _claims('results'), []
@@ -388,7 +393,7 @@ def ledger() -> Table:
         rows.append((id, text, rule.get('paper', ''), numbers, made, condition, word))
     return Table(rows, ('id', 'claim', 'paper', 'measured', 'how', 'rule', 'verdict'))
 
-# %% ../nbs/00_core.ipynb #e0f8206c
+# %% ../nbs/00_core.ipynb #938f8c1b
 @dataclass
 class Grade:
     "What a grader found"
@@ -397,7 +402,7 @@ class Grade:
 
     def __repr__(self) -> str: return ('✓ ' if self.ok else '✗ ') + self.message
 
-# %% ../nbs/00_core.ipynb #f59c71b9
+# %% ../nbs/00_core.ipynb #5f04f245
 @dataclass
 class Exercise:
     "A function to write, with a grader that names the kind of error"

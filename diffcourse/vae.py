@@ -7,7 +7,7 @@ __all__ = ['FASHION', 'DIGITS', 'DiagonalGaussian', 'gradient_samples', 'binaris
            'active_units', 'prepare', 'measure', 'importance_bound', 'log_weights', 'iwae_bound', 'sample_prior',
            'reconstruct', 'evaluate_fashion', 'evaluate_digits', 'sharpness']
 
-# %% ../nbs/04_vae.ipynb #07307fb3
+# %% ../nbs/04_vae.ipynb #786b043e
 import math
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ from .ae import Decoder, Encoder
 from .core import generator, require
 from .train import Recipe, register
 
-# %% ../nbs/04_vae.ipynb #cc81fc9f
+# %% ../nbs/04_vae.ipynb #7099d5e9
 class DiagonalGaussian:
     "Independent normal distributions, one per code number (latent diffusion's `DiagonalGaussianDistribution`)"
     def __init__(self,
@@ -59,7 +59,7 @@ class DiagonalGaussian:
         "Minus the log-density of `sample`, summed likewise: (B,)"
         return 0.5 * (math.log(2 * math.pi) + self.logvar + (sample - self.mean)**2 / self.var).flatten(1).sum(1)
 
-# %% ../nbs/04_vae.ipynb #69ef9b9c
+# %% ../nbs/04_vae.ipynb #b4c4f41a
 def gradient_samples(
     f: Callable,   # codes (N, D) → numbers (N,), each from its own row only
     mean: Tensor,  # of the proposal, (D,)
@@ -75,7 +75,7 @@ def gradient_samples(
     score = noise / std
     return reparameterised, value[:, None] * score, (value - others)[:, None] * score
 
-# %% ../nbs/04_vae.ipynb #589329f1
+# %% ../nbs/04_vae.ipynb #12446788
 def binarise(
     x: Tensor, # grey pictures in [-1, 1]
     u: Tensor, # uniform numbers in [0, 1), the shape of x
@@ -83,7 +83,7 @@ def binarise(
     "Make each pixel white with the probability that its brightness names"
     return (u < (x + 1) / 2).to(x.dtype) * 2 - 1
 
-# %% ../nbs/04_vae.ipynb #0fee139b
+# %% ../nbs/04_vae.ipynb #6a4c89d4
 def bits_per_dim(
     nats: Tensor | float,  # minus the log-density of a picture in [-1, 1]
     dims: int,             # pixels times channels
@@ -91,7 +91,7 @@ def bits_per_dim(
     "Nats per picture to bits per 8-bit pixel"
     return nats / (dims * math.log(2)) + math.log2(127.5)
 
-# %% ../nbs/04_vae.ipynb #4388aaec
+# %% ../nbs/04_vae.ipynb #17a6ca8a
 class VAE(nn.Module):
     "An autoencoder whose codes are clouds and whose output is a distribution"
     def __init__(self,
@@ -131,7 +131,7 @@ class VAE(nn.Module):
         "Reconstruct through the middle of the cloud, without noise"
         return self.decode(self.encode(x).mode())
 
-# %% ../nbs/04_vae.ipynb #70cf30ea
+# %% ../nbs/04_vae.ipynb #8283d98f
 def loss_elbo(
     beta: float = 1.,       # weight of the rate; 1 is the true bound
     free_bits: float = 0.,  # nats that each code number may carry for free
@@ -147,7 +147,7 @@ def loss_elbo(
         return distortion + beta * charged, dict(rate=rate.detach(), distortion=distortion.detach())
     return loss
 
-# %% ../nbs/04_vae.ipynb #fabffa46
+# %% ../nbs/04_vae.ipynb #9f33c446
 def active_units(
     means: Tensor,           # of the proposals for many pictures, (N, latent)
     threshold: float = 0.01, # on the variance of a mean over the pictures
@@ -155,7 +155,7 @@ def active_units(
     "How many code numbers depend on the picture (Burda et al., section 5.2)"
     return int((means.var(0) > threshold).sum())
 
-# %% ../nbs/04_vae.ipynb #b641bd98
+# %% ../nbs/04_vae.ipynb #d319166e
 def prepare(
     model: VAE,               # tells the kind of pixels and the device
     images: data.ImageSet,    # grey pictures
@@ -167,7 +167,7 @@ def prepare(
     if model.likelihood == 'bernoulli': x = binarise(x, torch.rand(x.shape, generator=generator(seed)))
     return x.to(next(model.parameters()).device)
 
-# %% ../nbs/04_vae.ipynb #51b1411e
+# %% ../nbs/04_vae.ipynb #5d173247
 @torch.no_grad()
 def measure(
     model: VAE,       # in eval mode
@@ -189,14 +189,14 @@ def measure(
     if model.likelihood == 'gaussian': out['bits_per_dim'] = bits_per_dim(rate + distortion, x[0].numel())
     return out
 
-# %% ../nbs/04_vae.ipynb #3daa4c2c
+# %% ../nbs/04_vae.ipynb #364f662d
 def importance_bound(
     log_w: Tensor, # log-weights, (k, B)
 ) -> Tensor:       # nats, (B,)
     "log of the average weight, for each picture"
     return log_w.logsumexp(0) - math.log(len(log_w))
 
-# %% ../nbs/04_vae.ipynb #0ffde990
+# %% ../nbs/04_vae.ipynb #120e3718
 def log_weights(
     model: VAE,         # any model with `encode` and `log_likelihood`
     x: Tensor,          # pictures, (B, C, H, W)
@@ -209,7 +209,7 @@ def log_weights(
     log_px = model.log_likelihood(many, z.flatten(0, 1)).view(len(noise), len(x))
     return log_px + 0.5 * (noise**2 - z**2 + q.logvar).sum(-1)   # the two (D/2)·log 2π cancel
 
-# %% ../nbs/04_vae.ipynb #e544cd1e
+# %% ../nbs/04_vae.ipynb #9c3a3d81
 @torch.no_grad()
 def iwae_bound(
     model: VAE,          # in eval mode
@@ -230,7 +230,7 @@ def iwae_bound(
         bounds.append(total - math.log(k))
     return torch.cat(bounds)
 
-# %% ../nbs/04_vae.ipynb #a7f91521
+# %% ../nbs/04_vae.ipynb #0dc25061
 @torch.no_grad()
 def sample_prior(
     model: VAE,     # in eval mode
@@ -241,7 +241,7 @@ def sample_prior(
     z = torch.randn(n, model.latent, generator=generator(seed)).to(next(model.parameters()).device)
     return torch.cat([model.decode(part) for part in z.split(1000)])
 
-# %% ../nbs/04_vae.ipynb #06f72495
+# %% ../nbs/04_vae.ipynb #913c7ff9
 @torch.no_grad()
 def reconstruct(
     model: VAE, # in eval mode
@@ -250,14 +250,14 @@ def reconstruct(
     "Decode the middle of each picture's cloud"
     return model(x.to(next(model.parameters()).device))
 
-# %% ../nbs/04_vae.ipynb #575536ca
+# %% ../nbs/04_vae.ipynb #1153b441
 def evaluate_fashion(
     model: VAE, # in eval mode
 ) -> dict:
     "`measure` on the Fashion-MNIST test set"
     return measure(model, prepare(model, data.fashion_mnist('test')))
 
-# %% ../nbs/04_vae.ipynb #675ceadd
+# %% ../nbs/04_vae.ipynb #8b251398
 def evaluate_digits(
     model: VAE,            # in eval mode
     n: int | None = None,  # test pictures for the likelihood; default: all on a GPU, 100 elsewhere
@@ -271,7 +271,7 @@ def evaluate_digits(
     error = float(bound.std() / len(bound)**0.5)
     return measure(model, x) | dict(nll=-float(bound.mean()), nll_error=error, nll_k=k, nll_n=len(bound))
 
-# %% ../nbs/04_vae.ipynb #11a3ba58
+# %% ../nbs/04_vae.ipynb #b47b2a7b
 FASHION = register(Recipe(
     name='vae_fashion', about='VAE with 16 code numbers on Fashion-MNIST, Gaussian pixels',
     data=lambda budget: data.fashion_mnist(), model=lambda: VAE(latent=16, sigma=.5), loss=loss_elbo(),
@@ -280,7 +280,7 @@ FASHION = register(Recipe(
                   gpu=dict(steps=20_000, batch_size=256, lr=2e-3, clip=1e4)),
     sample=sample_prior, reconstruct=reconstruct, evaluate=evaluate_fashion))
 
-# %% ../nbs/04_vae.ipynb #75875052
+# %% ../nbs/04_vae.ipynb #ad5630b1
 DIGITS = register(Recipe(
     name='vae_digits', about='VAE with 30 code numbers on dynamically binarised MNIST, Bernoulli pixels',
     data=lambda budget: data.mnist(), model=lambda: VAE(width=24, latent=30, likelihood='bernoulli'), loss=loss_elbo(),
@@ -289,7 +289,7 @@ DIGITS = register(Recipe(
                   gpu=dict(steps=25_000, batch_size=256, lr=2e-3, clip=1e4)),
     sample=sample_prior, reconstruct=reconstruct, evaluate=evaluate_digits))
 
-# %% ../nbs/04_vae.ipynb #1a6879c6
+# %% ../nbs/04_vae.ipynb #9016e897
 def sharpness(
     x: Tensor, # pictures, (B, C, H, W)
 ) -> float:    # 0 for a uniform picture

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RUNGS', 'recipes', 'load', 'sample', 'reconstruct', 'fit', 'picture', 'ladder']
 
-# %% ../nbs/18_zoo.ipynb #7005b8d5
+# %% ../nbs/18_zoo.ipynb #51202b1e
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/18_zoo.ipynb #b7f22abf
+# %% ../nbs/18_zoo.ipynb #f8492682
 from . import ae, ddpm, metrics, vae  # importing a chapter registers its recipes
 from .core import CourseError, Table, atomic_write, budget, default_device, image_grid, require, to_float
 from .data import ImageSet, fashion_mnist
 from .train import RECIPES, Recipe, find_recipe, load_card, load_weights, save_weights, shipped, train_recipe
 
-# %% ../nbs/18_zoo.ipynb #6144faae
+# %% ../nbs/18_zoo.ipynb #54f721ed
 def recipes() -> Table:
     "Every recipe, with the cost card of its shipped weights"
     rows = []
@@ -30,7 +30,7 @@ def recipes() -> Table:
                      round(card['seconds']) if 'seconds' in card else '–', reached or '–'))
     return Table(rows, ('recipe', 'what it is', 'parameters', 'budget', 'device', 'seconds', 'reached'))
 
-# %% ../nbs/18_zoo.ipynb #5c70cf0f
+# %% ../nbs/18_zoo.ipynb #3745140e
 def load(
     name: str,                          # of a recipe
     weights: str | Path | None = None,  # a .safetensors file of your own; default: the shipped weights
@@ -42,7 +42,7 @@ def load(
     model = load_weights(weights or name, recipe.model())
     return model.to(device or default_device()).eval()
 
-# %% ../nbs/18_zoo.ipynb #5793dc8f
+# %% ../nbs/18_zoo.ipynb #e71d5024
 def sample(
     name: str,                          # of a recipe that generates
     n: int = 16,                        # how many pictures
@@ -57,7 +57,7 @@ def sample(
     require(recipe.sample is not None, f'{name} does not generate; these do: {can}')
     return recipe.sample(load(name, weights, device), n, seed).float().cpu()
 
-# %% ../nbs/18_zoo.ipynb #139651d5
+# %% ../nbs/18_zoo.ipynb #c2e0a9c2
 def reconstruct(
     name: str,                          # of a recipe that encodes and decodes
     images: Tensor,                     # uint8 (B, C, H, W), of the size the recipe was trained on
@@ -73,7 +73,7 @@ def reconstruct(
     device = device or default_device()
     with torch.no_grad(): return recipe.reconstruct(load(name, weights, device), to_float(images).to(device)).float().cpu()
 
-# %% ../nbs/18_zoo.ipynb #b7d726fc
+# %% ../nbs/18_zoo.ipynb #94269255
 def fit(
     name: str,                     # of a recipe
     out: str | Path = 'runs',      # a folder; the results lie in out/name
@@ -97,7 +97,7 @@ def fit(
     picture(recipe, model, folder / f'{name}.png')
     return card
 
-# %% ../nbs/18_zoo.ipynb #0e1dde49
+# %% ../nbs/18_zoo.ipynb #0c5db103
 def picture(
     recipe: Recipe,    # whose network it is
     model: nn.Module,  # trained
@@ -114,11 +114,11 @@ def picture(
     with atomic_write(path) as tmp: Image.fromarray(image_grid(x, columns, scale=2)).save(tmp, 'PNG')
     return True
 
-# %% ../nbs/18_zoo.ipynb #5434bd78
-RUNGS = (('ae_fashion', 'AE: reconstructs'), ('vae_fashion', 'VAE: samples'),
-         ('ddpm_fashion', 'DDPM: samples'), ('ddpm_emoji', 'DDPM: emoji'))
+# %% ../nbs/18_zoo.ipynb #02befdb5
+RUNGS = (('ae_fashion', 'AE: copies'), ('vae_fashion', 'VAE: samples'),
+         ('ddpm_fashion', 'DDPM: samples'), ('ddpm_emoji', 'DDPM: emoji'))  # recipe, title of its row
 
-# %% ../nbs/18_zoo.ipynb #fcc90eab
+# %% ../nbs/18_zoo.ipynb #82ed07b9
 def ladder(
     n: int = 12,                        # pictures in a row
     device: torch.device | None = None, # default: the best present
@@ -130,7 +130,7 @@ def ladder(
     for name, title in RUNGS:
         if not shipped(name): continue
         start = time.perf_counter()
-        rows.append((title, reconstruct(name, real, device=device) if find_recipe(name).reconstruct and not find_recipe(name).sample else sample(name, n, device=device)))
+        rows.append((title, reconstruct(name, real, device=device) if 'copies' in title else sample(name, n, device=device)))
         seconds.append((name, title, time.perf_counter() - start))
     fig, axes = plt.subplots(len(rows), 1, figsize=(n * .62 + 1.4, len(rows) * .72), dpi=96)
     for ax, (title, x) in zip(axes, rows):
