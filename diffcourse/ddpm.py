@@ -11,7 +11,7 @@ __all__ = ['PARAMETERIZATIONS', 'VARIANCES', 'fashion_loss', 'ddpm_fashion', 'dd
            'discretized_gaussian_log_likelihood', 'bits', 'vlb_term', 'prior_bpd', 'bits_per_dim', 'loss_simple',
            'loss_vlb', 'picture_denoiser', 'picture_sampler', 'evaluate_fashion', 'emoji_data']
 
-# %% ../nbs/08_ddpm.ipynb #89ef8f23
+# %% ../nbs/08_ddpm.ipynb #fe92e012
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/08_ddpm.ipynb #695fe1c4
+# %% ../nbs/08_ddpm.ipynb #b65040e9
 from . import data
 from .core import autocast, default_device, generator, require
 from .train import Recipe, register
 from .unet import UNet
 
-# %% ../nbs/08_ddpm.ipynb #391f0268
+# %% ../nbs/08_ddpm.ipynb #e64d5c57
 def spread(
     v: Tensor | float,  # one number, or one per item, (B,)
     x: Tensor,          # what it will multiply, (B, ...)
@@ -37,7 +37,7 @@ def spread(
     require(len(v) == len(x), f'{len(v)} coefficients for a batch of {len(x)}: give one number, or one per item')
     return v.to(x.device).reshape(-1, *[1] * (x.ndim - 1))
 
-# %% ../nbs/08_ddpm.ipynb #050dade9
+# %% ../nbs/08_ddpm.ipynb #7afd394e
 def q_sample(
     x0: Tensor,         # clean data, (B, ...), pictures in [-1, 1]
     ᾱ: Tensor | float,  # signal power kept at each item's timestep, (B,) or one number, in [0, 1]
@@ -47,7 +47,7 @@ def q_sample(
     ᾱ = torch.as_tensor(ᾱ)
     return spread(ᾱ.sqrt(), x0) * x0 + spread((1 - ᾱ).sqrt(), x0) * noise
 
-# %% ../nbs/08_ddpm.ipynb #77d5e30c
+# %% ../nbs/08_ddpm.ipynb #c8f0189c
 def q_mean_variance(
     x0: Tensor,         # clean data, (B, ...)
     ᾱ: Tensor | float,  # signal power kept, (B,) or one number
@@ -57,7 +57,7 @@ def q_mean_variance(
     full = lambda v: spread(v, x0).to(x0.device).expand_as(x0)
     return spread(ᾱ.sqrt(), x0) * x0, full(1 - ᾱ), full((1 - ᾱ).log())
 
-# %% ../nbs/08_ddpm.ipynb #d3d6d280
+# %% ../nbs/08_ddpm.ipynb #55293266
 @dataclass
 class Step:
     "One step back, from signal power ᾱ to ᾱ_next; every field is one number or one per item, (B,), float64"
@@ -97,7 +97,7 @@ class Step:
         "log β, the larger fixed choice, with `floor` at the end as in the official code"
         return torch.where(self.noisy, self.β.log(), self.floor)
 
-# %% ../nbs/08_ddpm.ipynb #eba4ce5c
+# %% ../nbs/08_ddpm.ipynb #42a458ba
 def q_posterior_mean_variance(
     x0: Tensor,   # clean data, (B, ...)
     x: Tensor,    # noisy data x_t, the shape of x0
@@ -108,7 +108,7 @@ def q_posterior_mean_variance(
     full = lambda v: spread(v, x).to(x.device).expand_as(x)
     return mean, full(step.variance), full(step.log_variance)
 
-# %% ../nbs/08_ddpm.ipynb #50d8fe16
+# %% ../nbs/08_ddpm.ipynb #b6f00d20
 class Path(Sequence):
     "Steps from noise to data: which timesteps are kept, what the network is told, where the last step ends"
     def __init__(self,
@@ -147,11 +147,11 @@ class Path(Sequence):
         if i.device not in self._on: self._on[i.device] = Step(*(v.to(i.device) for v in _fields(self.table)))
         return _pick(self._on[i.device], i)
 
-# %% ../nbs/08_ddpm.ipynb #c094efd8
+# %% ../nbs/08_ddpm.ipynb #b7cfb7cd
 def _fields(s): return s.t, s.ᾱ, s.ᾱ_next, s.β, s.floor
 def _pick(s, i): return Step(*(v[i] for v in _fields(s)))
 
-# %% ../nbs/08_ddpm.ipynb #209e53cd
+# %% ../nbs/08_ddpm.ipynb #00155136
 class Schedule:
     "How much signal is left at each of T noise levels; everything float64 on the CPU, index 0 = one noising step"
     def __init__(self,
@@ -211,7 +211,7 @@ class Schedule:
         λ = torch.as_tensor(λ, dtype=torch.float64)
         return torch.as_tensor(np.interp(-λ, -self.alphas_cumprod.logit(), np.arange(self.T)))
 
-# %% ../nbs/08_ddpm.ipynb #dd0584a5
+# %% ../nbs/08_ddpm.ipynb #aa114d6d
 _DERIVED = dict(
     alphas_cumprod_prev=lambda s: s._full.table.ᾱ_next,
     alphas_cumprod_next=lambda s: torch.cat([s.alphas_cumprod[1:], torch.zeros(1, dtype=torch.float64)]),
@@ -226,7 +226,7 @@ _DERIVED = dict(
     posterior_mean_coef2=lambda s: s._full.table.coef_x)
 for _name, _value in _DERIVED.items(): setattr(Schedule, _name, property(_value))
 
-# %% ../nbs/08_ddpm.ipynb #0e1179f4
+# %% ../nbs/08_ddpm.ipynb #522ae89a
 def x0_from_eps(
     x: Tensor,          # noisy data x_t, (B, ...)
     eps: Tensor,        # the noise in it, the shape of x
@@ -236,7 +236,7 @@ def x0_from_eps(
     ᾱ = torch.as_tensor(ᾱ)
     return spread(ᾱ.rsqrt(), x) * x - spread((1 / ᾱ - 1).sqrt(), x) * eps
 
-# %% ../nbs/08_ddpm.ipynb #f58bc01e
+# %% ../nbs/08_ddpm.ipynb #05ffcb63
 def eps_from_x0(
     x: Tensor,          # noisy data x_t, (B, ...)
     x0: Tensor,         # the clean data, the shape of x
@@ -246,7 +246,7 @@ def eps_from_x0(
     ᾱ = torch.as_tensor(ᾱ)
     return (spread(ᾱ.rsqrt(), x) * x - x0) / spread((1 / ᾱ - 1).sqrt(), x)
 
-# %% ../nbs/08_ddpm.ipynb #5e1d21ef
+# %% ../nbs/08_ddpm.ipynb #c2b3db40
 def v_from_x0_eps(
     x0: Tensor,         # clean data, (B, ...)
     eps: Tensor,        # noise, the shape of x0
@@ -256,7 +256,7 @@ def v_from_x0_eps(
     ᾱ = torch.as_tensor(ᾱ)
     return spread(ᾱ.sqrt(), x0) * eps - spread((1 - ᾱ).sqrt(), x0) * x0
 
-# %% ../nbs/08_ddpm.ipynb #05e18e1f
+# %% ../nbs/08_ddpm.ipynb #31aede73
 def x0_from_v(
     x: Tensor,          # noisy data x_t, (B, ...)
     v: Tensor,          # the velocity, the shape of x
@@ -266,7 +266,7 @@ def x0_from_v(
     ᾱ = torch.as_tensor(ᾱ)
     return spread(ᾱ.sqrt(), x) * x - spread((1 - ᾱ).sqrt(), x) * v
 
-# %% ../nbs/08_ddpm.ipynb #c1d715c3
+# %% ../nbs/08_ddpm.ipynb #cc92f87b
 def eps_from_v(
     x: Tensor,          # noisy data x_t, (B, ...)
     v: Tensor,          # the velocity, the shape of x
@@ -276,7 +276,7 @@ def eps_from_v(
     ᾱ = torch.as_tensor(ᾱ)
     return spread((1 - ᾱ).sqrt(), x) * x + spread(ᾱ.sqrt(), x) * v
 
-# %% ../nbs/08_ddpm.ipynb #bb5c925b
+# %% ../nbs/08_ddpm.ipynb #b5d395c6
 def score_from_eps(
     eps: Tensor,        # the expected noise in x_t, (B, ...)
     ᾱ: Tensor | float,  # signal power kept, (B,) or one number, below 1
@@ -284,7 +284,7 @@ def score_from_eps(
     "The score is the expected noise, negated and divided by its size"
     return -eps / spread((1 - torch.as_tensor(ᾱ)).sqrt(), eps)
 
-# %% ../nbs/08_ddpm.ipynb #b76dc6ff
+# %% ../nbs/08_ddpm.ipynb #b6a865bd
 def eps_from_score(
     score: Tensor,      # ∇ log q(x_t), (B, ...)
     ᾱ: Tensor | float,  # signal power kept, (B,) or one number
@@ -292,7 +292,7 @@ def eps_from_score(
     "The inverse of `score_from_eps`"
     return -score * spread((1 - torch.as_tensor(ᾱ)).sqrt(), score)
 
-# %% ../nbs/08_ddpm.ipynb #11c7bea1
+# %% ../nbs/08_ddpm.ipynb #48be2e26
 def mean_from_eps(
     x: Tensor,    # noisy data x_t, (B, ...)
     eps: Tensor,  # the noise in it, the shape of x
@@ -301,7 +301,7 @@ def mean_from_eps(
     "The mean written with the noise (DDPM eq. 11): subtract a little of it, rescale"
     return spread((1 - step.β).rsqrt(), x) * (x - spread(step.β / (1 - step.ᾱ).sqrt(), x) * eps)
 
-# %% ../nbs/08_ddpm.ipynb #89cdec1a
+# %% ../nbs/08_ddpm.ipynb #cdf4d177
 def x0_from_previous(
     x: Tensor,         # noisy data x_t, (B, ...)
     previous: Tensor,  # a posterior mean, the shape of x
@@ -310,14 +310,14 @@ def x0_from_previous(
     "Solve DDPM eq. 7 for x0"
     return spread(1 / step.coef_x0, x) * previous - spread(step.coef_x / step.coef_x0, x) * x
 
-# %% ../nbs/08_ddpm.ipynb #9fe2247b
+# %% ../nbs/08_ddpm.ipynb #102bee8c
 def clip_x0(
     x0: Tensor,  # predicted clean pictures
 ) -> Tensor:     # in [-1, 1]
     "Pictures have no values outside [-1, 1], so predictions need none"
     return x0.clamp(-1, 1)
 
-# %% ../nbs/08_ddpm.ipynb #391b3bf7
+# %% ../nbs/08_ddpm.ipynb #82cd3b96
 @dataclass
 class Prediction:
     "What a denoiser says about one step, in every form a sampler may want; each the shape of x"
@@ -327,7 +327,7 @@ class Prediction:
     log_variance: Tensor  # of p(x_{t−1} | x_t), finite also at the last step
     variance: Tensor      # its exponential, but exactly 0 where a fixed β̃ ends at clean data
 
-# %% ../nbs/08_ddpm.ipynb #f0697585
+# %% ../nbs/08_ddpm.ipynb #baaf69c2
 @dataclass
 class Guidance:
     "Three places, in this order, where sampling may be steered; empty places change nothing"
@@ -335,7 +335,7 @@ class Guidance:
     x0: Callable | None = None          # x0 → x0: clip, threshold, paste known pixels
     prediction: Callable | None = None  # (prediction, x, step, cond) → prediction: shift by a gradient
 
-# %% ../nbs/08_ddpm.ipynb #a4f4fb2f
+# %% ../nbs/08_ddpm.ipynb #1612f0a3
 PARAMETERIZATIONS = ('eps', 'x0', 'v', 'previous_x')
 VARIANCES = ('fixed_small', 'fixed_large', 'learned', 'learned_range')
 
@@ -415,7 +415,7 @@ class Denoiser:
         p = self.predict(raw, x, step, g.x0)
         return g.prediction(p, x, step, cond) if g.prediction else p
 
-# %% ../nbs/08_ddpm.ipynb #297b59cb
+# %% ../nbs/08_ddpm.ipynb #b4f19395
 def variance_of(
     kind: str,   # one of `VARIANCES`
     raw: Tensor, # network output; the learned kinds read its second half of channels
@@ -433,7 +433,7 @@ def variance_of(
         v = share * full(step.β.log()) + (1 - share) * full(step.log_variance)
     return v, v.exp()
 
-# %% ../nbs/08_ddpm.ipynb #2c0cea78
+# %% ../nbs/08_ddpm.ipynb #8a001ff8
 def ancestral(
     denoiser: Denoiser,                      # network and conventions
     path: Iterable[Step],                    # from noise to data
@@ -452,7 +452,7 @@ def ancestral(
         sent = yield x
         if sent is not None: x = sent
 
-# %% ../nbs/08_ddpm.ipynb #7332cab5
+# %% ../nbs/08_ddpm.ipynb #f9eb3893
 def device_of(
     net: Callable,  # a module, or any function
 ) -> torch.device:
@@ -460,7 +460,7 @@ def device_of(
     p = next(net.parameters(), None) if isinstance(net, nn.Module) else None
     return torch.device('cpu') if p is None else p.device
 
-# %% ../nbs/08_ddpm.ipynb #694cd78c
+# %% ../nbs/08_ddpm.ipynb #3cde7915
 @torch.no_grad()
 def sample(
     denoiser: Denoiser,                # network and conventions
@@ -486,23 +486,25 @@ def sample(
         done.append(x)
     return torch.cat(done)
 
-# %% ../nbs/08_ddpm.ipynb #9c285d9e
+# %% ../nbs/08_ddpm.ipynb #f954e78f
 def normal_kl(
-    mean1: Tensor, log_variance1: Tensor,  # of the first Gaussian
-    mean2: Tensor, log_variance2: Tensor,  # of the second, broadcastable
+    mean1: Tensor,          # of the first Gaussian
+    log_variance1: Tensor,  # of the first
+    mean2: Tensor,          # of the second, broadcastable
+    log_variance2: Tensor,  # of the second
 ) -> Tensor:                               # nats, elementwise
     "KL divergence between two Gaussians, number by number"
     return .5 * (log_variance2 - log_variance1 + (log_variance1 - log_variance2).exp() - 1
                  + (mean1 - mean2).square() * (-log_variance2).exp())
 
-# %% ../nbs/08_ddpm.ipynb #a459ce5e
+# %% ../nbs/08_ddpm.ipynb #3d0ce149
 def approx_standard_normal_cdf(
     x: Tensor,  # any numbers
 ) -> Tensor:    # in [0, 1]
     "The official code's tanh approximation of the normal distribution function"
     return .5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + .044715 * x ** 3)))
 
-# %% ../nbs/08_ddpm.ipynb #a201740a
+# %% ../nbs/08_ddpm.ipynb #6f1104fd
 def discretized_gaussian_log_likelihood(
     x: Tensor,           # data on the 256-value grid of [-1, 1]
     means: Tensor,       # of the Gaussian
@@ -515,14 +517,14 @@ def discretized_gaussian_log_likelihood(
     log = lambda p: p.clamp(min=1e-12).log()
     return torch.where(x < -.999, log(upper), torch.where(x > .999, log(1 - lower), log(upper - lower)))
 
-# %% ../nbs/08_ddpm.ipynb #36e4d861
+# %% ../nbs/08_ddpm.ipynb #336032c9
 def bits(
     nats: Tensor,  # (B, ...)
 ) -> Tensor:       # (B,)
     "Mean over everything but the batch, in bits per dimension"
     return nats.flatten(1).mean(1) / math.log(2)
 
-# %% ../nbs/08_ddpm.ipynb #00c92102
+# %% ../nbs/08_ddpm.ipynb #78635b1d
 def vlb_term(
     p: Prediction,  # the model's step
     x0: Tensor,     # clean data, (B, ...)
@@ -535,7 +537,7 @@ def vlb_term(
     nll = bits(-discretized_gaussian_log_likelihood(x0, p.mean, .5 * p.log_variance))
     return torch.where(step.noisy.to(x.device), kl, nll)
 
-# %% ../nbs/08_ddpm.ipynb #b6146a10
+# %% ../nbs/08_ddpm.ipynb #5a09d637
 def prior_bpd(
     x0: Tensor,           # clean data, (B, ...)
     schedule: Schedule,   # its last level should be noise
@@ -544,7 +546,7 @@ def prior_bpd(
     mean, _, log_variance = q_mean_variance(x0, schedule.alphas_cumprod[-1])
     return bits(normal_kl(mean, log_variance, torch.zeros_like(mean), torch.zeros_like(mean)))
 
-# %% ../nbs/08_ddpm.ipynb #a0b8400d
+# %% ../nbs/08_ddpm.ipynb #8e58557d
 @torch.no_grad()
 def bits_per_dim(
     denoiser: Denoiser,                      # network and conventions
@@ -567,7 +569,7 @@ def bits_per_dim(
     prior = prior_bpd(x0, Schedule(path.table.β))
     return dict(total=vb.sum(1) + prior, prior=prior, vb=vb, x0_mse=x0_mse, mse=mse)
 
-# %% ../nbs/08_ddpm.ipynb #4440c9a1
+# %% ../nbs/08_ddpm.ipynb #cd86cb18
 def loss_simple(
     denoiser: Denoiser,          # schedule and parameterisation; its network is not used, the trainer brings its own
     cond: Sequence[str] = (),    # entries of the batch that the network takes
@@ -584,7 +586,7 @@ def loss_simple(
         return (denoiser.mean_part(raw, x).float() - target).square().mean()
     return loss
 
-# %% ../nbs/08_ddpm.ipynb #5e0c4244
+# %% ../nbs/08_ddpm.ipynb #eedca727
 def loss_vlb(
     denoiser: Denoiser,        # schedule, parameterisation and variance; the trainer brings the network
     cond: Sequence[str] = (),  # entries of the batch that the network takes
@@ -600,7 +602,7 @@ def loss_vlb(
         return vlb_term(denoiser.predict(raw.float(), x, step), x0, x, step).mean() * len(path)
     return loss
 
-# %% ../nbs/08_ddpm.ipynb #f7c71fc9
+# %% ../nbs/08_ddpm.ipynb #5388bb8d
 def picture_denoiser(
     net: Callable,              # the trained network
     variance: str = 'fixed_small', # or 'fixed_large'
@@ -608,7 +610,7 @@ def picture_denoiser(
     "The set-up of the chapter's recipes"
     return Denoiser(net, Schedule.linear(), 'eps', variance).guided(x0=clip_x0)
 
-# %% ../nbs/08_ddpm.ipynb #2a7ee346
+# %% ../nbs/08_ddpm.ipynb #f9c0873c
 def picture_sampler(
     *shape: int,  # of one picture, (C, H, W)
 ) -> Callable:    # (model, n, seed, steps) → pictures in [-1, 1]
@@ -619,7 +621,7 @@ def picture_sampler(
         return sample(denoiser, (n, *shape), denoiser.schedule.steps(steps), seed).clamp(-1, 1)
     return draw
 
-# %% ../nbs/08_ddpm.ipynb #25da6730
+# %% ../nbs/08_ddpm.ipynb #bd2fd120
 def evaluate_fashion(
     model: nn.Module,  # predicts noise on 1×28×28
     n: int | None = None,  # samples; default: 2048 on a GPU, 500 elsewhere
@@ -631,7 +633,7 @@ def evaluate_fashion(
     score = feature_fid(pictures, data.fashion_mnist('train'), 'fashion_classifier')
     return {'feature_fid': round(score.value, 3), 'feature_fid_95': [round(score.low, 3), round(score.high, 3)], 'n': n}
 
-# %% ../nbs/08_ddpm.ipynb #0a33aab7
+# %% ../nbs/08_ddpm.ipynb #a45ce4d1
 fashion_loss = loss_simple(picture_denoiser(None))
 
 ddpm_fashion = register(Recipe(
@@ -645,7 +647,7 @@ ddpm_fashion = register(Recipe(
                   gpu=dict(steps=15_000, batch_size=256, lr=1e-3, warmup=500, ema=.9995)),
     sample=picture_sampler(1, 28, 28), evaluate=evaluate_fashion))
 
-# %% ../nbs/08_ddpm.ipynb #950c19ae
+# %% ../nbs/08_ddpm.ipynb #5ec58969
 ddpm_fashion_small = register(Recipe(
     'ddpm_fashion_small', 'the same with 0.28 M parameters, for two minutes on a CPU',
     data=lambda level: data.fashion_mnist('train'),
@@ -657,7 +659,7 @@ ddpm_fashion_small = register(Recipe(
                   gpu=dict(steps=8_000, batch_size=256, lr=2e-3, warmup=300)),
     sample=picture_sampler(1, 28, 28), evaluate=evaluate_fashion))
 
-# %% ../nbs/08_ddpm.ipynb #24cd21f6
+# %% ../nbs/08_ddpm.ipynb #4ad7f13a
 def emoji_data(
     level: str,  # a budget
 ) -> data.ImageSet:
@@ -667,7 +669,7 @@ def emoji_data(
     smileys = [i for i, c in enumerate(pictures.extra['category']) if c == 'Smileys & Emotion']
     return pictures.subset(torch.tensor(smileys))
 
-# %% ../nbs/08_ddpm.ipynb #65f80654
+# %% ../nbs/08_ddpm.ipynb #852499de
 ddpm_emoji = register(Recipe(
     'ddpm_emoji', 'DDPM on emoji, 32×32 in colour, 1.5 M parameters',
     data=emoji_data,

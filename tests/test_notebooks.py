@@ -51,7 +51,8 @@ class TestNotebook:
     def test_size_and_formats(self, path):
         assert path.stat().st_size <= 1_000_000, f'{path.name}: {path.stat().st_size / 1e6:.2f} MB'
         for c in code_cells(read(path)):
-            assert len([l for l in c.source.splitlines() if l.strip()]) <= 40, f'a cell of {path.name} is too long:\n{c.source[:200]}'
+            limit = 75 if re.search(r'^class ', c.source, re.M) else 40  # a class is one cell
+            assert len([l for l in c.source.splitlines() if l.strip()]) <= limit, f'a cell of {path.name} is too long:\n{c.source[:200]}'
             for o in c.outputs:
                 assert 'image/svg+xml' not in o.get('data', {}), 'PNG or JPEG, not SVG'
 
@@ -118,7 +119,9 @@ def imports_of(module):
 
 @pytest.mark.parametrize('module', MODULES)
 def test_a_module_imports_only_from_rungs_above(module):
-    for used in imports_of(module): assert LADDER.index(used) < LADDER.index(module), f'{module} imports {used}'
+    for used in imports_of(module):
+        if used == '__version__': continue
+        assert LADDER.index(used) < LADDER.index(module), f'{module} imports {used}'
 
 
 @pytest.mark.parametrize('module', MODULES)
@@ -140,14 +143,14 @@ def test_every_exported_name_is_documented(module):
     m, missing = importlib.import_module(f'diffcourse.{module}'), []
     for name in getattr(m, '__all__', []):
         o = getattr(m, name)
-        if not (inspect.isclass(o) or inspect.isfunction(o)) or getattr(o, '__module__', '') != m.__name__: continue
+        if not (inspect.isclass(o) or inspect.isfunction(o)) or o.__module__ != m.__name__ or o.__name__ != name: continue
         if not (o.__doc__ or '').strip() or (inspect.isclass(o) and o.__doc__.startswith(f'{name}(')): missing.append(name)
-        if inspect.isfunction(o):
-            docs = docments(o, full=False)
-            missing += [f'{name}({a})' for a, d in docs.items() if not d and a not in ('self', 'cls', 'return', 'args', 'kwargs') and not a.startswith('_')]
-        else:
+        if inspect.isfunction(o) and module != 'cli':  # there typer's help documents the arguments
+            docs, kinds = docments(o, full=False), {k: p.kind for k, p in inspect.signature(o).parameters.items()}
+            missing += [f'{name}({a})' for a, k in kinds.items() if not docs.get(a) and k != inspect.Parameter.VAR_KEYWORD and not a.startswith('_')]
+        elif inspect.isclass(o):
             for k, f in vars(o).items():
-                if inspect.isfunction(f) and not k.startswith('_') and not (f.__doc__ or '').strip(): missing.append(f'{name}.{k}')
+                if inspect.isfunction(f) and not k.startswith('_') and not inspect.getdoc(getattr(o, k)): missing.append(f'{name}.{k}')
     assert not missing, missing
 
 
