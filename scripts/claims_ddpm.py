@@ -26,13 +26,15 @@ WAYS = {'eps_simple': ('eps', loss_simple, True), 'eps_bound': ('eps', loss_vlb,
         'mu_mse': ('previous_x', loss_simple, True), 'mu_bound': ('previous_x', loss_vlb, True),
         'eps_without_t': ('eps', loss_simple, False)}
 BANDS = {'low': (1, 2), 'mid': (3, 6), 'high': (7, 14)}  # cycles per picture
+# samples in so many sampling steps score a way of training; test pictures in so many terms give the bound; DDPM-4, 5 and 7
+# draw pictures in few steps and in full
 SETTINGS = {
     'smoke': dict(net=dict(channels=16, multipliers=(1, 2)), train=dict(steps=20, batch_size=16, lr=2e-3, warmup=4),
-                  samples=48, few=(4, 10), full=20, likelihood=8),
-    'laptop': dict(net=dict(channels=16, multipliers=(1, 2, 2)), train=dict(steps=1000, batch_size=32, lr=2e-3, warmup=50),
-                   samples=256, few=(10, 20, 50), full=200, likelihood=32),
+                  samples=48, sampling=10, likelihood=8, bound=20, pictures=24, few=(4, 10), full=20),
+    'laptop': dict(net=dict(channels=8, multipliers=(1, 3, 6)), train=dict(steps=600, batch_size=32, lr=2e-3, warmup=50),
+                   samples=256, sampling=50, likelihood=32, bound=200, pictures=96, few=(10, 30, 100), full=1000),
     'gpu': dict(net=dict(channels=32, multipliers=(1, 2, 2)), train=dict(steps=2500, batch_size=512, lr=1.5e-3, warmup=150),
-                samples=2048, few=(10, 20, 50, 100), full=1000, likelihood=256),
+                samples=2048, sampling=1000, likelihood=256, bound=1000, pictures=2048, few=(10, 20, 50, 100), full=1000),
 }
 
 
@@ -61,9 +63,9 @@ def judge(device):
     return model, metrics.statistics(data.fashion_mnist('train'), model)
 
 
-def fid(denoiser, steps, s, device, seed=0) -> float:
-    "Feature-FID of samples drawn in `steps` steps"
-    pictures = sample(denoiser, (s['samples'], 1, 28, 28), denoiser.schedule.steps(steps), seed, batch_size=2048)
+def fid(denoiser, steps, n, device, seed=0) -> float:
+    "Feature-FID of `n` samples drawn in `steps` steps"
+    pictures = sample(denoiser, (n, 1, 28, 28), denoiser.schedule.steps(steps), seed, batch_size=2048)
     if not torch.isfinite(pictures).all(): return math.inf
     model, reference = judge(device)
     return float(metrics.feature_fid(pictures.clamp(-1, 1), reference, model, resamples=0))
@@ -73,19 +75,19 @@ def nats(denoiser, s, device) -> float:
     "Upper bound on test bits per dimension"
     x = to_float(data.fashion_mnist('test').images[:s['likelihood']]).to(device)
     denoiser = Denoiser(denoiser.net, denoiser.schedule, denoiser.parameterization, denoiser.variance)
-    return float(bits_per_dim(denoiser, x, denoiser.schedule.steps(s['full']))['total'].mean())
+    return float(bits_per_dim(denoiser, x, denoiser.schedule.steps(s['bound']))['total'].mean())
 
 
 @torch.no_grad()
 def coherence(denoiser, s, device, n=256) -> dict:
     "How well the early guess at x0 agrees with the final picture, band by band, over t"
     path, gen = denoiser.schedule.steps(min(s['full'], 250)), generator(77, device)
-    x, guesses = torch.randn(min(n, s['samples']), 1, 28, 28, generator=gen, device=device), []
+    x, guesses = torch.randn(min(n, s['pictures']), 1, 28, 28, generator=gen, device=device), []
     told = [int(step.t) for step in path]
-    sampler = ancestral(denoiser, path, x, gen)
-    for step in path:
-        guesses.append(denoiser.denoise(x, step).x0)
-        x = next(sampler)
+    def keep(p, x, step, cond):
+        guesses.append(p.x0)
+        return p
+    for x in ancestral(denoiser.guided(prediction=keep), path, x, gen): pass
     spectrum = lambda p: torch.fft.fft2((p - p.mean(0)).squeeze(1).double())
     final, k = spectrum(x), torch.fft.fftfreq(28, 1 / 28, device=device)
     radius, out = (k[:, None] ** 2 + k[None] ** 2).sqrt(), {'t': told}
@@ -115,7 +117,7 @@ def run(job) -> dict:
                       data.fashion_mnist('train'), seed=seed, device=device, progress=False, **how).fit()
     net = trainer.ema_model().to(device)
     out = {'way': way, 'seed': seed, 'loss': statistics.mean(trainer.losses[-100:]), 'train_seconds': round(trainer.seconds, 2)}
-    out['fid'] = fid(make(net), s['full'], s, device, seed=1000 * seed)
+    out['fid'] = fid(make(net), s['sampling'], s['samples'], device, seed=1000 * seed)
     if sees_t: out['bpd'] = nats(make(net), s, device)
     if way == 'eps_simple': out |= extras(make, net, s, device, seed, trainer)
     return out | {'seconds': round(time.perf_counter() - start, 2)}
@@ -124,13 +126,13 @@ def run(job) -> dict:
 def extras(make, net, s, device, seed, trainer) -> dict:
     "What only the paper's own way of training is measured for: variances, order of detail, cost"
     kinds = {'small': make(net, 'fixed_small'), 'large': make(net, 'fixed_large')}
-    curve = {k: {n: fid(d, n, s, device, seed=1000 * seed + 7) for n in s['few']} for k, d in kinds.items()}
-    for k, d in kinds.items(): curve[k][s['full']] = [fid(d, s['full'], s, device, seed=1000 * seed + i) for i in (7, 8)]
+    curve = {k: {n: fid(d, n, s['pictures'], device, seed=1000 * seed + 7) for n in (*s['few'], s['full'])}
+             for k, d in kinds.items()}
     synchronise = torch.cuda.synchronize if device.type == 'cuda' else (lambda: None)
-    n, start = min(512, s['samples']), time.perf_counter()
-    sample(kinds['large'], (n, 1, 28, 28), kinds['large'].schedule.steps(s['full']))
+    n, start, steps = min(512, s['pictures']), time.perf_counter(), min(50, s['full'])
+    sample(kinds['large'], (n, 1, 28, 28), kinds['large'].schedule.steps(steps))
     synchronise()
-    seconds = (time.perf_counter() - start) / n * (1000 / s['full'])
+    seconds = (time.perf_counter() - start) / n * (1000 / steps)  # every step costs the same
     per_image = trainer.seconds / (trainer.step * trainer.settings.batch_size)
     return {'variance': curve, 'coherence': coherence(kinds['large'], s, device), 'sample_seconds': seconds,
             'train_seconds_per_image': per_image}
@@ -155,7 +157,7 @@ def numbers(runs, s, vae) -> dict:
     mean, deviation = statistics.mean, lambda v: statistics.stdev(v) if len(v) > 1 else 0.
     fids = {w: mean(of(w, 'fid')) for w in WAYS}
     base = [r for r in runs if r['way'] == 'eps_simple']
-    at = lambda kind, n: [f for r in base for f in (lambda v: v if isinstance(v, list) else [v])(r['variance'][kind][n])]
+    at = lambda kind, n: [r['variance'][kind][n] for r in base]
     gap = lambda n: abs(mean(at('large', n)) - mean(at('small', n)))
     full, few = s['full'], s['few'][0]
     cross = {b: mean(crossing(r['coherence']['t'], r['coherence'][b]) for r in base) for b in BANDS}
@@ -183,7 +185,7 @@ def measure(level, seeds, workers, device, **overrides) -> dict:
     else: runs = [run(job) for job in jobs]
     common = {'budget': level, 'device': device_name(torch.device(device)), 'seeds': len(seeds), 'samples': s['samples'],
               'settings': {**s['train'], **s['net'], **overrides}, 'data': data.fashion_mnist('train').name,
-              'steps': s['full'], 'extractor': 'fashion_classifier' if shipped('fashion_classifier') else 'untrained'}
+              'steps': s['sampling'], 'pictures': s['pictures'], 'full': s['full'], 'extractor': 'fashion_classifier' if shipped('fashion_classifier') else 'untrained'}
     common['seconds'] = round(time.perf_counter() - start, 1)
     slim = lambda r, keys: {k: r[k] for k in keys if k in r}
     keys = {'DDPM-3': ('fid', 'bpd', 'loss', 'train_seconds'), 'DDPM-4': ('variance',), 'DDPM-5': ('coherence',),
