@@ -2,8 +2,7 @@
 
     python benchmarks/train_step.py [--batch 64] [--rounds 7] [--threads N] [--compile] [--json FILE]
 
-Both train the same network (equal parameters,
-                             checked; equal layers) on the same pictures. Every round runs every contender once, in
+Both train the same network (equal parameters, checked; equal layers) on the same pictures. Every round runs every contender once, in
 another order, and medians are reported, so that a busy machine is busy for all of them. The documented loop is that of diffusers' tutorial
 "Train a diffusion model": a data set of PIL pictures with torchvision transforms, a DataLoader, `noise_scheduler.add_noise`, `F.mse_loss`,
 gradient clipping at 1, AdamW and a cosine learning rate. The rows between change one thing at a time.
@@ -42,7 +41,8 @@ def theirs(
     channels_last: bool = False, # memory layout
     ema: bool = False,           # diffusers' EMAModel
     compile: bool = False,       # torch.compile
-):                               # a function that does one step
+    steps: int = 100_000,        # length of the learning rate's cosine
+):                               # a function that does one step; its attribute `model` is the network
     "diffusers' documented training loop, with one thing changed at a time"
     from diffusers import DDPMScheduler, UNet2DModel
     from diffusers.optimization import get_cosine_schedule_with_warmup
@@ -52,7 +52,7 @@ def theirs(
     if channels_last: model = model.to(memory_format=torch.channels_last)
     if compile: model.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused or None)
-    lr_scheduler = get_cosine_schedule_with_warmup(optimizer, 500, 100_000)
+    lr_scheduler = get_cosine_schedule_with_warmup(optimizer, 500, steps)
     noise_scheduler = DDPMScheduler(num_train_timesteps=1000)
     average = EMAModel(model.parameters(), .999) if ema else None
     batches = tensor_batches(data, batch) if in_memory else loader_batches(data, batch)
@@ -71,7 +71,7 @@ def theirs(
         optimizer.zero_grad()
         if average: average.step(model.parameters())
         return float(loss.detach())
-    step.parameters = sum(p.numel() for p in model.parameters())
+    step.parameters, step.model = sum(p.numel() for p in model.parameters()), model
     return step
 
 
