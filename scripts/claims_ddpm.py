@@ -12,10 +12,11 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from diffcourse import data, metrics
-from diffcourse.core import BUDGETS, atomic_write, budget, default_device, generator, to_float
+from diffcourse.core import BUDGETS, atomic_write, budget, default_device, generator, to_float, to_uint8
 from diffcourse.ddpm import (Denoiser, Schedule, ancestral, bits_per_dim, clip_x0, loss_simple, loss_vlb, picture_sampler,
                              sample)
 from diffcourse.train import Trainer, device_name, shipped
@@ -26,14 +27,15 @@ WAYS = {'eps_simple': ('eps', loss_simple, True), 'eps_bound': ('eps', loss_vlb,
         'mu_mse': ('previous_x', loss_simple, True), 'mu_bound': ('previous_x', loss_vlb, True),
         'eps_without_t': ('eps', loss_simple, False)}
 BANDS = {'low': (1, 2), 'mid': (3, 6), 'high': (7, 14)}  # cycles per picture
+# pictures of 28×28, or shrunk to 16×16 (a third of the work; enlarged again for the extractor, real ones alike)
 # samples in so many sampling steps score a way of training; test pictures in so many terms give the bound; DDPM-4, 5 and 7
 # draw pictures in few steps and in full
 SETTINGS = {
-    'smoke': dict(net=dict(channels=16, multipliers=(1, 2)), train=dict(steps=20, batch_size=16, lr=2e-3, warmup=4),
+    'smoke': dict(size=16, net=dict(channels=16, multipliers=(1, 2)), train=dict(steps=20, batch_size=16, lr=2e-3, warmup=4),
                   samples=48, sampling=10, likelihood=8, bound=20, pictures=24, few=(4, 10), full=20),
-    'laptop': dict(net=dict(channels=8, multipliers=(1, 3, 6)), train=dict(steps=600, batch_size=32, lr=2e-3, warmup=50),
-                   samples=256, sampling=50, likelihood=32, bound=200, pictures=64, few=(10, 30, 100), full=1000),
-    'gpu': dict(net=dict(channels=32, multipliers=(1, 2, 2)), train=dict(steps=2500, batch_size=512, lr=1.5e-3, warmup=150),
+    'laptop': dict(size=16, net=dict(channels=8, multipliers=(1, 3, 6)), train=dict(steps=600, batch_size=32, lr=2e-3, warmup=50),
+                   samples=256, sampling=50, likelihood=32, bound=200, pictures=96, few=(10, 30, 100), full=1000),
+    'gpu': dict(size=28, net=dict(channels=32, multipliers=(1, 2, 2)), train=dict(steps=2500, batch_size=512, lr=1.5e-3, warmup=150),
                 samples=2048, sampling=1000, likelihood=256, bound=1000, pictures=2048, few=(10, 20, 50, 100), full=1000),
 }
 
@@ -51,29 +53,43 @@ def build(level, seed, sees_t) -> nn.Module:
     "One network of the ablation"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = UNet(1, blocks=1, attention_resolutions=(7,), image_size=28, groups=8, **SETTINGS[level]['net'])
+        size = SETTINGS[level]['size']
+        net = UNet(1, blocks=1, attention_resolutions=(size // 4,), image_size=size, groups=8, **SETTINGS[level]['net'])
     return net if sees_t else WithoutTime(net)
 
 
+def resized(x, size):
+    "Floats in [-1, 1], bilinear with antialiasing"
+    return x if x.shape[-1] == size else F.interpolate(x, size=(size, size), mode='bilinear', antialias=True).clamp(-1, 1)
+
+
+@lru_cache(2)
+def garments(split, size) -> data.ImageSet:
+    "Fashion-MNIST at the size of the experiment"
+    full = data.fashion_mnist(split)
+    if size == 28: return full
+    return data.ImageSet(to_uint8(resized(to_float(full.images), size)), f'{full.name}, shrunk to {size}×{size}')
+
+
 @lru_cache(1)
-def judge(device):
+def judge(device, size):
     "Extractor and the statistics of the real pictures; an untrained extractor where none is shipped"
     name = 'fashion_classifier'
     model = metrics.get_extractor(name, device) if shipped(name) else metrics.FashionClassifier().eval().to(device)
-    return model, metrics.statistics(data.fashion_mnist('train'), model)
+    return model, metrics.statistics(resized(to_float(garments('train', size).images), 28), model)
 
 
-def fid(denoiser, steps, n, device, seed=0) -> float:
+def fid(denoiser, steps, n, s, device, seed=0) -> float:
     "Feature-FID of `n` samples drawn in `steps` steps"
-    pictures = sample(denoiser, (n, 1, 28, 28), denoiser.schedule.steps(steps), seed, batch_size=2048)
+    pictures = sample(denoiser, (n, 1, s['size'], s['size']), denoiser.schedule.steps(steps), seed, batch_size=2048)
     if not torch.isfinite(pictures).all(): return math.inf
-    model, reference = judge(device)
-    return float(metrics.feature_fid(pictures.clamp(-1, 1), reference, model, resamples=0))
+    model, reference = judge(device, s['size'])
+    return float(metrics.feature_fid(resized(pictures.clamp(-1, 1), 28), reference, model, resamples=0))
 
 
 def nats(denoiser, s, device) -> float:
     "Upper bound on test bits per dimension"
-    x = to_float(data.fashion_mnist('test').images[:s['likelihood']]).to(device)
+    x = to_float(garments('test', s['size']).images[:s['likelihood']]).to(device)
     denoiser = Denoiser(denoiser.net, denoiser.schedule, denoiser.parameterization, denoiser.variance)
     return float(bits_per_dim(denoiser, x, denoiser.schedule.steps(s['bound']))['total'].mean())
 
@@ -82,14 +98,14 @@ def nats(denoiser, s, device) -> float:
 def coherence(denoiser, s, device, n=256) -> dict:
     "How well the early guess at x0 agrees with the final picture, band by band, over t"
     path, gen = denoiser.schedule.steps(min(s['full'], 250)), generator(77, device)
-    x, guesses = torch.randn(min(n, s['pictures']), 1, 28, 28, generator=gen, device=device), []
+    x, guesses = torch.randn(min(n, s['pictures']), 1, s['size'], s['size'], generator=gen, device=device), []
     told = [int(step.t) for step in path]
     def keep(p, x, step, cond):
         guesses.append(p.x0)
         return p
     for x in ancestral(denoiser.guided(prediction=keep), path, x, gen): pass
     spectrum = lambda p: torch.fft.fft2((p - p.mean(0)).squeeze(1).double())
-    final, k = spectrum(x), torch.fft.fftfreq(28, 1 / 28, device=device)
+    final, k = spectrum(x), torch.fft.fftfreq(s['size'], 1 / s['size'], device=device)
     radius, out = (k[:, None] ** 2 + k[None] ** 2).sqrt(), {'t': told}
     for band, (low, high) in BANDS.items():
         inside = (radius >= low - .5) & (radius < high + .5)
@@ -114,10 +130,10 @@ def run(job) -> dict:
     how = {**s['train'], **overrides}
     make = lambda net, variance='fixed_large': Denoiser(net, schedule, parameterization, variance).guided(x0=clip_x0)
     trainer = Trainer(build(level, seed, sees_t), loss(Denoiser(None, schedule, parameterization, 'fixed_large')),
-                      data.fashion_mnist('train'), seed=seed, device=device, progress=False, **how).fit()
+                      garments('train', s['size']), seed=seed, device=device, progress=False, **how).fit()
     net = trainer.ema_model().to(device)
     out = {'way': way, 'seed': seed, 'loss': statistics.mean(trainer.losses[-100:]), 'train_seconds': round(trainer.seconds, 2)}
-    out['fid'] = fid(make(net), s['sampling'], s['samples'], device, seed=1000 * seed)
+    out['fid'] = fid(make(net), s['sampling'], s['samples'], s, device, seed=1000 * seed)
     if sees_t: out['bpd'] = nats(make(net), s, device)
     if way == 'eps_simple': out |= extras(make, net, s, device, seed, trainer)
     return out | {'seconds': round(time.perf_counter() - start, 2)}
@@ -126,11 +142,11 @@ def run(job) -> dict:
 def extras(make, net, s, device, seed, trainer) -> dict:
     "What only the paper's own way of training is measured for: variances, order of detail, cost"
     kinds = {'small': make(net, 'fixed_small'), 'large': make(net, 'fixed_large')}
-    curve = {k: {n: fid(d, n, s['pictures'], device, seed=1000 * seed + 7) for n in (*s['few'], s['full'])}
+    curve = {k: {n: fid(d, n, s['pictures'], s, device, seed=1000 * seed + 7) for n in (*s['few'], s['full'])}
              for k, d in kinds.items()}
     synchronise = torch.cuda.synchronize if device.type == 'cuda' else (lambda: None)
     n, start, steps = min(512, s['pictures']), time.perf_counter(), min(50, s['full'])
-    sample(kinds['large'], (n, 1, 28, 28), kinds['large'].schedule.steps(steps))
+    sample(kinds['large'], (n, 1, s['size'], s['size']), kinds['large'].schedule.steps(steps))
     synchronise()
     seconds = (time.perf_counter() - start) / n * (1000 / steps)  # every step costs the same
     per_image = trainer.seconds / (trainer.step * trainer.settings.batch_size)
@@ -184,7 +200,7 @@ def measure(level, seeds, workers, device, **overrides) -> dict:
         with ProcessPoolExecutor(workers, get_context('spawn')) as pool: runs = list(pool.map(run, jobs))
     else: runs = [run(job) for job in jobs]
     common = {'budget': level, 'device': device_name(torch.device(device)), 'seeds': len(seeds), 'samples': s['samples'],
-              'settings': {**s['train'], **s['net'], **overrides}, 'data': data.fashion_mnist('train').name,
+              'settings': {**s['train'], **s['net'], **overrides}, 'data': garments('train', s['size']).name,
               'steps': s['sampling'], 'pictures': s['pictures'], 'full': s['full'], 'extractor': 'fashion_classifier' if shipped('fashion_classifier') else 'untrained'}
     common['seconds'] = round(time.perf_counter() - start, 1)
     slim = lambda r, keys: {k: r[k] for k in keys if k in r}
