@@ -17,7 +17,7 @@ from diffcourse.train import device_name, train_recipe
 WIDTHS = (2, 4, 8, 16, 32, 64)
 SETTINGS = {
     'smoke': dict(steps=24, batch_size=64, lr=4e-3, warmup=5, ema=.9),
-    'laptop': dict(steps=300, batch_size=128, lr=4e-3, warmup=50, ema=.99),
+    'laptop': dict(steps=200, batch_size=128, lr=4e-3, warmup=50, ema=.99),
     'gpu': dict(steps=800, batch_size=512, lr=4e-3, warmup=50, ema=.99),
 }
 

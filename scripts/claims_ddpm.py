@@ -33,8 +33,8 @@ BANDS = {'low': (1, 2), 'mid': (3, 6), 'high': (7, 14)}  # cycles per picture
 SETTINGS = {
     'smoke': dict(size=16, net=dict(channels=16, multipliers=(1, 2)), train=dict(steps=20, batch_size=16, lr=2e-3, warmup=4),
                   samples=48, sampling=10, likelihood=8, bound=20, pictures=24, few=(4, 10), full=20),
-    'laptop': dict(size=16, net=dict(channels=8, multipliers=(1, 3, 6)), train=dict(steps=600, batch_size=32, lr=2e-3, warmup=50),
-                   samples=256, sampling=50, likelihood=32, bound=200, pictures=96, few=(10, 30, 100), full=1000),
+    'laptop': dict(size=16, net=dict(channels=8, multipliers=(1, 3, 6)), train=dict(steps=450, batch_size=32, lr=2e-3, warmup=50),
+                   samples=256, sampling=50, likelihood=32, bound=200, pictures=64, few=(10, 30, 100), full=1000),
     'gpu': dict(size=28, net=dict(channels=32, multipliers=(1, 2, 2)), train=dict(steps=2500, batch_size=512, lr=1.5e-3, warmup=150),
                 samples=2048, sampling=1000, likelihood=256, bound=1000, pictures=2048, few=(10, 20, 50, 100), full=1000),
 }
