@@ -1,22 +1,23 @@
 "The trainer: what it computes, what it survives, what it refuses"
-import errno, json, os, pickle, random, signal, subprocess, sys
+import errno, json, os, random, signal, subprocess, sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 import diffcourse.train as train
-from diffcourse.core import CourseError, Draws, Table
+import diffcourse.weights as weights
+from diffcourse.core import CourseError, Draws
 from diffcourse.data import ImageSet
-from diffcourse.train import (EMA, RECIPES, Recipe, Settings, Trainer, digest, fixed_loss, load_tensors, load_weights,
-                              lr_factor, read_tensors, register, save_weights, train_recipe, weights_report)
+from diffcourse.train import EMA, RECIPES, Recipe, Settings, Trainer, fixed_loss, lr_factor, register, train_recipe
+from diffcourse.weights import digest, read_tensors
 
 HERE = Path(__file__).parent
 GOLDEN, HELPER = HERE / 'golden', HERE / 'helpers/train_job.py'
 sys.path.insert(0, str(HERE / 'helpers'))
-from train_job import denoise, job, net, numbers  # noqa: E402
+from train_job import damage, denoise, job, net, numbers  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -329,15 +330,15 @@ def test_weights_that_are_not_finite_do_not_overwrite_a_checkpoint(tmp_path):
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
-    real = train.save_file
+    real = weights.save_file
     def full(tensors, path, metadata):
         if json.loads(metadata['diffcourse'])['step'] < 7: return real(tensors, path, metadata=metadata)
         Path(path).write_bytes(b'half a file')
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(train, 'save_file', full)
+    monkeypatch.setattr(weights, 'save_file', full)
     with pytest.raises(CourseError, match='No space left on device'): job(tmp_path).fit()
     assert sorted(p.name for p in tmp_path.iterdir()) == ['.lock', 'checkpoint.safetensors']
-    monkeypatch.setattr(train, 'save_file', real)
+    monkeypatch.setattr(weights, 'save_file', real)
     t = job(tmp_path).resume()
     assert t.step == 6 and same(t.fit(), job().fit())
 
@@ -353,15 +354,6 @@ def test_a_device_that_is_really_full(tmp_path):
         with pytest.raises(CourseError, match='No space left on device'): t.save()
         assert read_tensors(t.checkpoint)[1]['step'] == 5 and not list(disk.glob('.*.part'))
     finally: subprocess.run(['umount', disk], check=True)
-
-
-def damage(path, how):
-    data = bytearray(path.read_bytes())
-    if how == 'truncated': data = data[:-100]
-    elif how == 'one bit': data[-3] ^= 1
-    elif how == 'header': data[:8] = b'\xff' * 8
-    else: data = b'<html>404</html>'
-    path.write_bytes(data)
 
 
 @pytest.mark.parametrize('how', ['truncated', 'one bit', 'header', 'a web page'])
@@ -389,112 +381,6 @@ def test_out_of_memory_suggests_a_smaller_batch():
     with pytest.raises(CourseError, match='batch_size=16: try batch_size=8'): job(loss=loss).fit()
     def other(*a): raise RuntimeError('shapes do not match')
     with pytest.raises(RuntimeError, match='shapes'): job(loss=other).fit()
-
-
-# --- weights --------------------------------------------------------------------------------------------------
-
-class Wide(nn.Module):
-    "Layers large and small, a buffer of integers, one of doubles"
-    def __init__(self, scale=1.):
-        super().__init__()
-        self.conv, self.out = nn.Conv2d(16, 32, 3), nn.Linear(32, 4)
-        self.register_buffer('count', torch.tensor(3))
-        self.register_buffer('exact', torch.linspace(0, 1, 7, dtype=torch.float64))
-
-
-@pytest.mark.parametrize('dtype, error', [('fp32', 0.), ('fp16', 2.**-11), ('int8', 1 / 254 * 1.01)])
-def test_weights_come_back_as_precise_as_promised(tmp_path, dtype, error):
-    model, back = Wide(), Wide()
-    path = save_weights(tmp_path / 'wide', model, {'recipe': 'wide', 'loss': .5}, dtype)
-    load_weights(path, back)
-    worst = (model.conv.weight - back.conv.weight).abs().amax((1, 2, 3)) / model.conv.weight.abs().amax((1, 2, 3))
-    assert worst.max() <= error and (dtype == 'fp32' or worst.max() > error / 20)
-    assert (model.out.weight - back.out.weight).abs().max() <= 2.**-12
-    assert back.exact.equal(model.exact) and back.count == 3 and not back.training
-    card = json.loads((tmp_path / 'wide.json').read_text())
-    assert card['recipe'] == 'wide' and card['dtype'] == dtype and card['bytes'] == path.stat().st_size
-    sizes = {'fp32': 4, 'fp16': 2, 'int8': 1}
-    assert path.stat().st_size < 4608 * sizes[dtype] + 2600
-
-
-def test_numbers_too_large_for_fp16_stay_float32(tmp_path):
-    model, back = nn.Linear(2, 2), nn.Linear(2, 2)
-    model.weight.data.fill_(1e6)
-    load_weights(save_weights(tmp_path / 'w', model), back)
-    assert back.weight.equal(model.weight)
-
-
-def test_weights_of_another_architecture(tmp_path):
-    path = save_weights(tmp_path / 'w', nn.Linear(2, 3))
-    with pytest.raises(CourseError, match=r'weight: \(3, 2\) in the file, \(3, 4\) in the model'): load_weights(path, nn.Linear(4, 3))
-    with pytest.raises(CourseError, match=r'extra: absent in the file'):
-        model = nn.Linear(2, 3)
-        model.extra = nn.Parameter(torch.zeros(1))
-        load_weights(path, model)
-
-
-@pytest.mark.parametrize('how', ['truncated', 'one bit', 'header', 'a web page'])
-def test_damaged_weights_are_refused(tmp_path, how):
-    path = save_weights(tmp_path / 'w', Wide())
-    damage(path, how)
-    with pytest.raises(CourseError, match='SHA-256'): load_weights(path, Wide())
-    path.with_suffix('.json').unlink()
-    with pytest.raises(CourseError, match='truncated|damaged'): load_weights(path, Wide())
-
-
-class Bomb:
-    def __init__(self, flag): self.flag = flag
-    def __reduce__(self): return os.mkdir, (str(self.flag),)
-
-
-@pytest.mark.parametrize('name', ['bomb.pt', 'bomb.pth', 'bomb.bin', 'bomb.ckpt'])
-@pytest.mark.parametrize('plain', [True, False], ids=['pickle', 'zip'])
-def test_a_malicious_pickle_runs_nothing(tmp_path, name, plain):
-    path, flag = tmp_path / name, tmp_path / 'exploded'
-    if plain: path.write_bytes(pickle.dumps({'state_dict': {'w': Bomb(flag)}}, protocol=2))
-    else: torch.save({'w': torch.zeros(2), 'x': Bomb(flag)}, path)
-    with pytest.raises(CourseError, match='was not loaded'): load_tensors(path)
-    assert not flag.exists()
-    if plain: pickle.loads(path.read_bytes())
-    else: torch.load(path, weights_only=False)
-    assert flag.exists(), 'the bomb is a dud: the test proves nothing'
-
-
-def test_tensor_files_that_are_read_and_refused(tmp_path):
-    state = {'weight': torch.ones(2, 3)}
-    torch.save(state, tmp_path / 'a.pt')
-    torch.save({'state_dict': state, 'step': 3}, tmp_path / 'b.ckpt')
-    save_file(state, tmp_path / 'c.safetensors')
-    for name in ('a.pt', 'b.ckpt', 'c.safetensors'): assert load_tensors(tmp_path / name)['weight'].equal(state['weight'])
-    (tmp_path / 'd.pkl').write_bytes(pickle.dumps(state))
-    with pytest.raises(CourseError, match='d.pkl is no weights file'): load_tensors(tmp_path / 'd.pkl')
-    torch.save(nn.Linear(2, 2), tmp_path / 'e.pt')
-    with pytest.raises(CourseError, match='was not loaded'): load_tensors(tmp_path / 'e.pt')
-    with pytest.raises(CourseError, match='no file'): load_tensors(tmp_path / 'absent.pt')
-
-
-@pytest.fixture
-def shelf(tmp_path, monkeypatch):
-    "An embedded-data folder with one set of weights"
-    root = tmp_path / 'assets'
-    path = save_weights(root / 'weights/tiny', net(), {'recipe': 'tiny', 'budget': 'smoke', 'steps': 30, 'loss': .5})
-    entry = lambda p: {'sha256': train.sha256(p), 'bytes': p.stat().st_size}
-    names = {f'weights/{p.name}': entry(p) for p in (path, path.with_suffix('.json'))}
-    (root / 'MANIFEST.json').write_text(json.dumps(names))
-    monkeypatch.setattr('diffcourse.core.asset_roots', lambda: [root])
-    return path
-
-
-def test_shipped_weights_by_name(shelf):
-    assert train.shipped('tiny') and not train.shipped('huge') and train.load_card('tiny')['budget'] == 'smoke'
-    model = load_weights('tiny', net(seed=3))
-    assert (model[0].weight - net()[0].weight).abs().max() < 1e-3
-    with pytest.raises(CourseError, match="'huge'; there are: tiny"): load_weights('huge', net())
-    report = weights_report(verify=True)
-    assert isinstance(report, Table) and report.rows[0][0] == 'tiny' and report.rows[0][-1] == 'intact'
-    damage(shelf, 'one bit')
-    assert 'SHA-256' in weights_report(verify=True).rows[0][-1]
-    with pytest.raises(CourseError, match='SHA-256'): load_weights('tiny', net())
 
 
 # --- recipes --------------------------------------------------------------------------------------------------

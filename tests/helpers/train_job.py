@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from diffcourse.core import generator
-from diffcourse.train import Trainer, digest
+from diffcourse.train import Trainer
+from diffcourse.weights import digest
 
 
 def net(seed=0, dropout=.2):
@@ -35,6 +36,16 @@ def job(folder=None, loss=denoise, model=None, data=None, cls=Trainer, **how):
     torch.set_num_threads(1)
     how = dict(steps=30, batch_size=16, lr=1e-2, warmup=4, device='cpu', folder=folder, save_every=1) | how
     return cls(model or net(), loss, data or numbers(), **how)
+
+
+def damage(path, how):
+    "Spoil a file in one of four ways"
+    data = bytearray(path.read_bytes())
+    if how == 'truncated': data = data[:-100]
+    elif how == 'one bit': data[-3] ^= 1
+    elif how == 'header': data[:8] = b'\xff' * 8
+    else: data = b'<html>404</html>'
+    path.write_bytes(data)
 
 
 class SameShard(Trainer):
