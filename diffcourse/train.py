@@ -15,13 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .core import CourseError, Draws, autocast, default_device, fast_bf16, plot_lines, require, smooth
 from .core import budget as default_budget
 from .data import Batcher, ImageSet
-from .weights import (check_tensors, digest, load_card, load_tensors, load_weights, read_tensors, save_weights,
-                                shipped, weights_report, write_tensors)  # some of them for who looks for them here
+from .weights import (check_tensors, digest, load_card, load_tensors, load_weights, read_tensors,
+                                save_weights, shipped, weights_report, write_tensors)  # some of them for older imports
 
 # %% ../nbs/02_train.ipynb #7fda8628
 def lr_factor(
@@ -62,9 +63,14 @@ class EMA:
         torch._foreach_lerp_(old, now, 1 - self.decay_at(self.n))
         for k in new.keys() - self.names: self.shadow[k].copy_(new[k])
 
-    def copy_to(self, model: nn.Module) -> None:
-        "Overwrite a model's weights with the average"
-        model.load_state_dict(self.shadow)
+# %% ../nbs/02_train.ipynb #92bda9f8
+@patch
+def copy_to(
+    self: EMA,
+    model: nn.Module,  # of the same architecture
+) -> None:
+    "Overwrite a model's weights with the average"
+    model.load_state_dict(self.shadow)
 
 # %% ../nbs/02_train.ipynb #a87b4790
 @dataclass
@@ -134,26 +140,56 @@ def whole_run(
 # %% ../nbs/02_train.ipynb #6704e72b
 class Prepared:
     "A model made ready to train: device, layout, batches, optimiser, average and processes"
-    def __init__(self, model, loss, data, device=None, bf16=None, compile=False, channels_last=True, **settings):
+    def __init__(self, model, loss, data, device=None, bf16=None, compile=False, channels_last=None, **settings):
         require(isinstance(model, nn.Module), f'model must be a torch module, got {type(model).__name__}')
         s = self.settings = Settings(**settings)
         self.accelerator = a = _accelerator()
         self.rank, self.world = a.process_index, a.num_processes
-        require(s.batch_size % self.world == 0, f'batch_size {s.batch_size} does not divide among {self.world} processes')
+        require(s.batch_size % self.world == 0, f'batch_size {s.batch_size} does not divide by {self.world} processes')
         self.device = a.device if self.world > 1 else default_device(device)
         self.bf16 = fast_bf16(self.device.type) if bf16 is None else bf16
         self.model, self.data, self.batches = model.to(self.device), data, self._batches(data)
-        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.layout = self._layout(channels_last)
         for p in model.parameters(): p.data = _laid_out(p.data, self.layout)
+        if compile: model.compile()
+        self.objective = self._among_processes(Objective(model, loss))
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.params, s.lr, s.betas, weight_decay=s.weight_decay, fused=True)
-        if compile: model.compile()
-        self.objective = Objective(model, loss)
-        if self.world > 1: self.objective = a.prepare_model(self.objective, device_placement=False)
         self.ema = EMA(model, s.ema, s.ema_warmup) if s.ema else None
         self.step, self.seconds, self.losses, self.extras = 0, 0., [], {}
 
     def _batches(self, data): return whole_run(data, self.settings, self.device, self.rank, self.world)
+
+# %% ../nbs/02_train.ipynb #16cb21de
+@patch
+def _layout(self: Prepared, channels_last):
+    "NHWC where it pays (default: on CUDA) and where weights are whole"
+    self.sharded = self.world > 1 and os.environ.get('ACCELERATE_USE_FSDP', '').lower() == 'true'
+    require(not (self.sharded and channels_last), 'FSDP cuts contiguous weights only: leave channels_last out')
+    if channels_last is None: channels_last = self.device.type == 'cuda' and not self.sharded
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+@patch
+def _among_processes(self: Prepared, objective):
+    "The objective as it is, under DDP, or with its weights in shards"
+    if self.world == 1: return objective
+    if not self.sharded: return self.accelerator.prepare_model(objective, device_placement=False)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    self.bare = copy.deepcopy(objective.model).cpu()   # a model in shards cannot be copied
+    return fully_shard(objective, mesh=init_device_mesh(self.device.type, (self.world,)))
+
+# %% ../nbs/02_train.ipynb #a4e59df2
+def _whole(v: Tensor) -> Tensor:
+    "A tensor in one piece, gathered from all processes if it is in shards"
+    return v.full_tensor() if hasattr(v, 'full_tensor') else v
+
+def _cut_like(v: Tensor, other: Tensor) -> Tensor:
+    "A whole tensor on the device of another, and in shards if that one is"
+    v = v.to(other.device)
+    if not hasattr(other, 'full_tensor'): return v
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(v, other.device_mesh, other.placements)
 
 # %% ../nbs/02_train.ipynb #88dd7444
 class Stepper(Prepared):
@@ -175,21 +211,27 @@ class Stepper(Prepared):
         for k, v in zip(extra, rest): self.extras.setdefault(k, []).append(v)
         return stop > 0
 
-    def _apply(self, factor: float) -> None:
-        for group in self.optimizer.param_groups: group['lr'] = self.settings.lr * factor
-        self.optimizer.step()
-        if self.ema: self.ema.update(self.model)
-        self.step += 1
+# %% ../nbs/02_train.ipynb #f8ef99bd
+@patch
+def _apply(self: Stepper, factor: float) -> None:
+    for group in self.optimizer.param_groups: group['lr'] = self.settings.lr * factor
+    self.optimizer.step()
+    if self.ema: self.ema.update(self.model)
+    self.step += 1
 
-    def _agree(self, numbers: list[Tensor]) -> list[float]:
-        numbers = torch.stack([v.detach().float().to(self.device) for v in numbers])
-        return self.accelerator.reduce(numbers, 'mean').tolist()
+@patch
+def _agree(self: Stepper, numbers: list[Tensor]) -> list[float]:
+    "The numbers, averaged over processes"
+    numbers = torch.stack([_whole(v.detach()).float().to(self.device) for v in numbers])
+    return self.accelerator.reduce(numbers, 'mean').tolist()
 
-    def ema_model(self) -> nn.Module:
-        "A copy of the model, for sampling: averaged weights (if there is an average), eval mode"
-        model = copy.deepcopy(self.model)
-        if self.ema: self.ema.copy_to(model)
-        return model.eval()
+@patch
+def ema_model(self: Stepper) -> nn.Module:
+    "A copy of the model, for sampling: averaged weights (if there is an average), eval mode; all processes call it"
+    model = copy.deepcopy(self.bare).to(self.device) if self.sharded else copy.deepcopy(self.model)
+    best = self.ema.shadow if self.ema else self.model.state_dict()
+    model.load_state_dict({k: _whole(v) for k, v in best.items()})
+    return model.eval()
 
 # %% ../nbs/02_train.ipynb #77eda407
 def _accelerator():
@@ -197,9 +239,9 @@ def _accelerator():
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')   # tqdm, which accelerate imports, asks for widgets that nobody here uses
         from accelerate import Accelerator
-    a = Accelerator()
-    require(a.distributed_type.value in ('NO', 'MULTI_CPU', 'MULTI_GPU'), f'the Trainer runs on one device or with DDP, not '
-            f'with {a.distributed_type.value}: choose "no FSDP, no DeepSpeed" in `accelerate config`')
+    a, known = Accelerator(), ('NO', 'MULTI_CPU', 'MULTI_GPU', 'FSDP')
+    require(a.distributed_type.value in known, 'the Trainer runs on one device, with DDP or with FSDP, not with '
+            f'{a.distributed_type.value}: choose one of these in `accelerate config`')
     return a
 
 def _laid_out(x: Tensor, layout) -> Tensor:
@@ -209,8 +251,8 @@ def _laid_out(x: Tensor, layout) -> Tensor:
 def _not_finite(step: int, loss: float, norm: float) -> str:
     "What to say when a number is not finite"
     what = f'the loss is {loss}' if not math.isfinite(loss) else f'the gradient norm is {norm} (the loss is {loss:.4g})'
-    return (f'{what} at step {step}: training stopped before this update was applied, and no checkpoint was overwritten. '
-            'Try a smaller lr, a smaller clip, a longer warmup, or bf16=False')
+    return (f'{what} at step {step}: training stopped before this update was applied, and no checkpoint was '
+            'overwritten. Try a smaller lr, a smaller clip, a longer warmup, or bf16=False')
 
 # %% ../nbs/02_train.ipynb #5b226ac5
 def _try_lock(file) -> None:
@@ -233,8 +275,8 @@ def folder_lock(
     except OSError as e: raise CourseError(f'cannot write in {folder}: {e.strerror}; choose another folder') from e
     with file:
         try: _try_lock(file)
-        except OSError as e:
-            raise CourseError(f'another process is writing checkpoints in {folder}: stop it or choose another folder') from e
+        except OSError as e: raise CourseError(f'another process is writing checkpoints in {folder}: stop it or choose '
+                                               'another folder') from e
         for left in folder.glob('.*.part'): left.unlink(missing_ok=True)
         yield
 
@@ -243,8 +285,9 @@ def data_identity(
     data,  # an ImageSet, a dict of tensors, or a function step → batch
 ) -> dict:
     "What a checkpoint remembers of its data"
-    if isinstance(data, dict): return {'name': 'tensors', 'hash': digest(data), 'items': len(next(iter(data.values())))}
-    if callable(data): return {'name': getattr(data, 'name', 'a function of the step'), 'hash': getattr(data, 'hash', None)}
+    if isinstance(data, dict): return dict(name='tensors', hash=digest(data), items=len(next(iter(data.values()))))
+    known = lambda key, default: getattr(data, key, default)
+    if callable(data): return dict(name=known('name', 'a function of the step'), hash=known('hash', None))
     return {'name': data.name, 'hash': data.hash, 'items': len(data)}
 
 # %% ../nbs/02_train.ipynb #c03174ec
@@ -264,7 +307,8 @@ def restore_optimizer(
     state = {i: {} for i in range(len(params))}
     for name, v in tensors.items():
         i, k = name.split('/')
-        state[int(i)][k] = v if k == 'step' else torch.empty_like(params[int(i)]).copy_(v)
+        p = params[int(i)]
+        state[int(i)][k] = v if k == 'step' else torch.empty_like(p).copy_(_cut_like(v, p))
     optimizer.load_state_dict({'state': state, 'param_groups': optimizer.state_dict()['param_groups']})
 
 # %% ../nbs/02_train.ipynb #fb50bc3c
@@ -275,11 +319,12 @@ def check_belongs(
     what: str,       # the file's name, for the message
 ) -> None:
     "Refuse the checkpoint of a run with other data or other settings, naming them"
-    require(about['data']['hash'] == identity['hash'], f'{what} was trained on other data ({about["data"]["name"]}): the '
-            'data set changed since; restore it or choose another folder')
+    require(about['data']['hash'] == identity['hash'], f'{what} was trained on other data ({about["data"]["name"]}): '
+            'the data set changed since; restore it or choose another folder')
     mine, theirs = json.loads(json.dumps(asdict(s))), about['settings']
     free = {'steps'} if s.schedule == 'constant' else set()
-    differ = [f'{k} is {theirs.get(k)} there and {mine[k]} here' for k in mine if theirs.get(k) != mine[k] and k not in free]
+    differ = [f'{k} is {theirs.get(k)} there and {v} here' for k, v in mine.items()
+              if theirs.get(k) != v and k not in free]
     require(not differ, f'{what} was made with other settings: ' + ', '.join(differ))
 
 # %% ../nbs/02_train.ipynb #c6895420
@@ -296,28 +341,32 @@ class Keeper(Stepper):
         return self.folder / 'checkpoint.safetensors'
 
     def state(self) -> dict[str, Tensor]:
-        "Everything that the next step depends on, and the curves so far"
+        "Everything that the next step depends on, and the curves so far; all processes call it"
         curves = {'loss': self.losses, **self.extras}
         parts = {'model': self.model.state_dict(), 'ema': self.ema.shadow if self.ema else {},
                  'optimizer': optimizer_tensors(self.optimizer, self.params),
                  'curve': {k: torch.tensor(v, dtype=torch.float64) for k, v in curves.items()}}
-        return {f'{name}/{k}': v for name, part in parts.items() for k, v in part.items()}
+        return {f'{name}/{k}': _whole(v) for name, part in parts.items() for k, v in part.items()}
 
-    def save(self) -> None:
-        "Write the checkpoint, whole or not at all"
-        require(self.folder, 'this trainer has no folder: pass folder=… to keep checkpoints')
-        with self._held(): self._write()
+# %% ../nbs/02_train.ipynb #cf400c24
+@patch
+def save(self: Keeper) -> None:
+    "Write the checkpoint, whole or not at all"
+    require(self.folder, 'this trainer has no folder: pass folder=… to keep checkpoints')
+    with self._held(): self._write()
 
-    def _held(self): return folder_lock(self.folder) if self.folder and self.rank == 0 else nullcontext()
+@patch
+def _held(self: Keeper): return folder_lock(self.folder) if self.folder and self.rank == 0 else nullcontext()
 
-    def _write(self) -> None:
-        if self.rank == 0:
-            state = self.state()
-            bad = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
-            require(not bad, f'{bad[:1]} is not finite: the last good checkpoint is kept')
-            write_tensors(self.checkpoint, state, {'step': self.step, 'seconds': self.seconds, 'data': self.identity,
-                                                   'settings': asdict(self.settings)})
-        self.accelerator.wait_for_everyone()
+@patch
+def _write(self: Keeper) -> None:
+    state = self.state()
+    if self.rank == 0:
+        bad = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+        require(not bad, f'{bad[:1]} is not finite: the last good checkpoint is kept')
+        write_tensors(self.checkpoint, state, {'step': self.step, 'seconds': self.seconds, 'data': self.identity,
+                                               'settings': asdict(self.settings)})
+    self.accelerator.wait_for_everyone()
 
 # %% ../nbs/02_train.ipynb #ccfa23b3
 class Resumer(Keeper):
@@ -329,9 +378,9 @@ class Resumer(Keeper):
         part = lambda name: {k.split('/', 1)[1]: v for k, v in state.items() if k.startswith(name + '/')}
         check_tensors(part('model'), self.model, str(self.checkpoint))
         check_belongs(about, self.settings, self.identity, str(self.checkpoint))
-        self.model.load_state_dict(part('model'))
+        self.model.load_state_dict({k: _cut_like(part('model')[k], v) for k, v in self.model.state_dict().items()})
         restore_optimizer(self.optimizer, self.params, part('optimizer'))
-        for k, v in part('ema').items(): self.ema.shadow[k].copy_(v)
+        for k, v in part('ema').items(): self.ema.shadow[k].copy_(_cut_like(v, self.ema.shadow[k]))
         if self.ema: self.ema.n = about['step']
         self.extras = {k: v.tolist() for k, v in part('curve').items()}
         self.losses, self.step, self.seconds = self.extras.pop('loss'), about['step'], about['seconds']
@@ -400,8 +449,8 @@ def explained(
     try: yield
     except NotImplementedError as e:
         if device.type != 'mps': raise
-        raise CourseError(f'{what} needs an operation that MPS does not have: set PYTORCH_ENABLE_MPS_FALLBACK=1, or pass '
-                          "device='cpu'") from e
+        raise CourseError(f'{what} needs an operation that MPS does not have: set PYTORCH_ENABLE_MPS_FALLBACK=1, or '
+                          "pass device='cpu'") from e
     except RuntimeError as e:
         if not isinstance(e, torch.OutOfMemoryError) and 'allocate memory' not in str(e): raise
         raise CourseError(f'{device} ran out of memory in {what} with batch_size={batch_size}: try '
@@ -447,29 +496,34 @@ class Trainer(Resumer):
         self.save_every = save_every or max(1, self.settings.steps // 10)
         self.progress, self.name, self.origin = progress, name, {}
 
-    def fit(self):
-        "Train up to `steps`; Ctrl-C ends the step, saves and says how to go on"
-        s, show = self.settings, self.progress if self.rank == 0 else False
-        with self._held(), patient_interrupt() as asked, explained('training', s.batch_size, self.device):
-            self._refuse_to_overwrite()
-            self.objective.train()
-            for _ in progress_of(range(self.step, s.steps), self.losses, show):
-                start = time.perf_counter()
-                stop = self.update(asked)
-                self.seconds += time.perf_counter() - start
-                if self.folder and (stop or self.step % self.save_every == 0 or self.step == s.steps): self._write()
-                if stop: break
-            else: return self
-        how = f'resume().fit() from {self.checkpoint}' if self.folder else 'fit()'
-        raise KeyboardInterrupt(f'stopped after step {self.step} of {s.steps}; go on with {how}')
+# %% ../nbs/02_train.ipynb #bb028b52
+@patch
+def fit(self: Trainer) -> Trainer:
+    "Train up to `steps`; Ctrl-C ends the step, saves and says how to go on"
+    s, show = self.settings, self.progress if self.rank == 0 else False
+    with self._held(), patient_interrupt() as asked, explained('training', s.batch_size, self.device):
+        self._refuse_to_overwrite()
+        self.objective.train()
+        for _ in progress_of(range(self.step, s.steps), self.losses, show):
+            start = time.perf_counter()
+            stop = self.update(asked)
+            self.seconds += time.perf_counter() - start
+            if self.folder and (stop or self.step % self.save_every == 0 or self.step == s.steps): self._write()
+            if stop: break
+        else: return self
+    how = f'resume().fit() from {self.checkpoint}' if self.folder else 'fit()'
+    raise KeyboardInterrupt(f'stopped after step {self.step} of {s.steps}; go on with {how}')
 
-    def _refuse_to_overwrite(self) -> None:
-        if not self.folder or self.step or not self.checkpoint.exists(): return
-        raise CourseError(f'{self.checkpoint} already holds a run: call resume() before fit(), or choose another folder')
+@patch
+def _refuse_to_overwrite(self: Trainer) -> None:
+    if not self.folder or self.step or not self.checkpoint.exists(): return
+    raise CourseError(f'{self.checkpoint} already holds a run: call resume() before fit(), or choose another folder')
 
-    def card(self) -> dict:
-        "What this run cost and reached"
-        return {'name': self.name, **self.origin, **run_card(self)}
+# %% ../nbs/02_train.ipynb #17e9c40e
+@patch
+def card(self: Trainer) -> dict:
+    "What this run cost and reached"
+    return {'name': self.name, **self.origin, **run_card(self)}
 
 # %% ../nbs/02_train.ipynb #db0b9876
 def run_card(
@@ -477,8 +531,9 @@ def run_card(
 ) -> dict:
     "Device, seconds, steps, speed, memory, loss, size, settings and data of a run"
     s, last = t.settings, t.losses[-100:]
-    return {'device': device_name(t.device), 'torch': torch.__version__, 'seconds': round(t.seconds, 2), 'steps': t.step,
-            'processes': t.world, 'bf16': t.bf16, 'peak_memory': peak_memory(t.device),
+    return {'device': device_name(t.device), 'torch': torch.__version__, 'seconds': round(t.seconds, 2),
+            'steps': t.step, 'processes': t.world, 'sharded': t.sharded, 'bf16': t.bf16,
+            'peak_memory': peak_memory(t.device),
             'images_per_second': round(t.step * s.batch_size / t.seconds, 1) if t.seconds else None,
             'loss': sum(last) / len(last) if last else None, 'seed': s.seed,
             'parameters': sum(p.numel() for p in t.model.parameters()),

@@ -59,8 +59,8 @@ def read_tensors(
     except (SafetensorError, OSError) as e:
         raise CourseError(f'{path} is truncated or not a safetensors file ({e}): delete it or fetch it again') from e
     require('digest' in meta or not own, f'{path} was not written by diffcourse: its metadata has no digest')
-    require(meta.get('digest') in (None, digest(tensors)), f'{path} is damaged: its tensors do not have the SHA-256 they '
-            'were written with; delete it or fetch it again')
+    require(meta.get('digest') in (None, digest(tensors)), f'{path} is damaged: its tensors do not have the SHA-256 '
+            'they were written with; delete it or fetch it again')
     return tensors, json.loads(meta.get('diffcourse', '{}'))
 
 # %% ../nbs/01a_weights.ipynb #6de140c0
@@ -120,8 +120,8 @@ def save_weights(
     if path.suffix != '.safetensors': path = path.with_name(path.name + '.safetensors')
     tensors = {k: v.detach().cpu() for k, v in model.state_dict().items()}
     write_tensors(path, pack(tensors, dtype), {'dtype': dtype})
-    card = {'torch': torch.__version__, **(card or {}), 'dtype': dtype, 'sha256': sha256(path), 'bytes': path.stat().st_size,
-            'parameters': sum(p.numel() for p in model.parameters())}
+    card = {'torch': torch.__version__, **(card or {}), 'dtype': dtype, 'sha256': sha256(path),
+            'bytes': path.stat().st_size, 'parameters': sum(p.numel() for p in model.parameters())}
     with atomic_write(path.with_suffix('.json')) as tmp:
         tmp.write_text(json.dumps(card, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
     return path
@@ -241,7 +241,7 @@ def _read_zip(archive: zipfile.ZipFile):
 
 # %% ../nbs/01a_weights.ipynb #e9086b67
 def _read_pickle(file):
-    "What a plain pickle holds, or the older form of `torch.save`: magic number, version, machine, object, keys, numbers"
+    "What a plain pickle holds, or `torch.save`'s older form: magic number, version, machine, object, keys, numbers"
     rows = {}
     def storage(dtype, key, place, n): return rows.setdefault(key, torch.empty(n, dtype=dtype))
     inert = lambda: _Inert(file, storage).load()
@@ -274,7 +274,7 @@ def _state_dict(found, part, path) -> dict:
         found = found[part]
     elif isinstance(found, dict) and isinstance(found.get('state_dict'), (dict, Stub)): found = found['state_dict']
     if isinstance(found, Stub) and '_modules' in found.state: found = _of_module(found)
-    require(isinstance(found, dict) and len(found) > 0, f'{path} holds no plain state dict of tensors, but {found!r:.60}')
+    require(isinstance(found, dict) and found != {}, f'{path} holds no plain state dict of tensors, but {found!r:.60}')
     wrong = [f'{k} is {v!r:.60}' for k, v in found.items() if not isinstance(v, Tensor)]
     require(not wrong, f'{path} holds no plain state dict of tensors: {"; ".join(wrong[:3])}')
     return dict(found)
@@ -293,8 +293,8 @@ TRUSTED_SCRIPTS = {  # SHA-256 → the released TorchScript file it belongs to
 
 def _from_script(path: Path, trust: bool) -> dict:
     "The state dict of a TorchScript archive, if its hash is known or the caller trusts it"
-    require(trust or sha256(path) in TRUSTED_SCRIPTS, f'{path} is TorchScript, a program, and its SHA-256 is that of no '
-            'release known here: pass trust=True if you know where it comes from')
+    require(trust or sha256(path) in TRUSTED_SCRIPTS, f'{path} is TorchScript, a program, and its SHA-256 is that of '
+            'no release known here: pass trust=True if you know where it comes from')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')   # that TorchScript is deprecated is known; the files are still around
         return dict(torch.jit.load(path, map_location='cpu').state_dict())
@@ -325,8 +325,8 @@ def load_tensors(
     path = Path(path)
     if path.suffix == '.safetensors': return read_tensors(path, own=False)[0]
     require(path.is_file(), f'there is no file {path}')
-    require(path.suffix in ('.pt', '.pth', '.bin', '.ckpt', '.pkl'), f'{path} is no weights file that diffcourse reads: '
-            'convert it to .safetensors, or save its state_dict() with torch.save as .pt')
+    require(path.suffix in ('.pt', '.pth', '.bin', '.ckpt', '.pkl'), f'{path} is no weights file that diffcourse '
+            'reads: convert it to .safetensors, or save its state_dict() with torch.save as .pt')
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive: script = any(n.endswith('/constants.pkl') for n in archive.namelist())
         if script: return _from_script(path, trust)
@@ -345,8 +345,8 @@ def load_weights(
     card = path.with_suffix('.json')
     if is_file and path.exists() and card.exists():
         want = json.loads(card.read_text(encoding='utf-8')).get('sha256')
-        require(want in (None, sha256(path)), f'{path} does not have the SHA-256 of its card {card.name}: it is damaged '
-                'or the card belongs to another file; fetch both again')
+        require(want in (None, sha256(path)), f'{path} does not have the SHA-256 of its card {card.name}: it is '
+                'damaged or the card belongs to another file; fetch both again')
     tensors = unpack(load_tensors(path))
     check_tensors(tensors, model, str(path))
     model.load_state_dict(tensors)
@@ -363,6 +363,6 @@ def weights_report(
         if verify:
             try: state = 'intact' if card['sha256'] == sha256(asset(key)) else 'not the file of its card'
             except CourseError as e: state = str(e)
-        rows.append((name, card.get('parameters', '?'), card.get('dtype', '?'), f'{manifest()[key]["bytes"] / 1e6:.2f} MB',
-                     card.get('budget', '?'), card.get('steps', '?'), card.get('loss', '?'), state))
+        size, told = f'{manifest()[key]["bytes"] / 1e6:.2f} MB', lambda k: card.get(k, '?')
+        rows.append((name, told('parameters'), told('dtype'), size, told('budget'), told('steps'), told('loss'), state))
     return Table(rows, ('weights', 'parameters', 'stored as', 'size', 'budget', 'steps', 'loss', 'state'))

@@ -184,12 +184,17 @@ def curve_error(a, b):
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
-def test_two_processes_train_as_one(tmp_path):
-    env = os.environ | {'ACCELERATE_USE_CPU': '1', 'OMP_NUM_THREADS': '1'}
-    run = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', HELPER,
-                          'double', tmp_path], env=env, capture_output=True, text=True, timeout=500)
+def two_processes(what, out, **env):
+    "Run a job of the helper in two processes; what each of them reports"
+    env = os.environ | {'ACCELERATE_USE_CPU': '1', 'OMP_NUM_THREADS': '1'} | env
+    run = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', HELPER, what, out],
+                         env=env, capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stderr[-3000:]
-    ranks = [json.loads((tmp_path / f'{r}.json').read_text()) for r in (0, 1)]
+    return [json.loads((out / f'{r}.json').read_text()) for r in (0, 1)]
+
+
+def test_two_processes_train_as_one(tmp_path):
+    ranks = two_processes('double', tmp_path)
     one = job(model=net(dropout=0.), steps=12, bf16=False).fit()
     a, b = (r['right'] for r in ranks)
     assert one.world == 1 and a['world'] == b['world'] == 2
@@ -200,6 +205,37 @@ def test_two_processes_train_as_one(tmp_path):
     assert a['losses'] == b['losses'] and curve_error(a['losses'], one.losses) < 1e-4
     wrong = ranks[0]['wrong']
     assert wrong['index'] == ranks[1]['wrong']['index'] and curve_error(wrong['losses'], one.losses) > 1e-3
+
+
+def test_two_processes_with_weights_in_shards_train_as_one(tmp_path):
+    "FSDP: each holds its slice of weights, optimiser and average; checkpoints are whole, and one process can go on from them"
+    a, b = two_processes('shards', tmp_path, ACCELERATE_USE_FSDP='true')
+    one = job(model=net(dropout=0.), steps=12, bf16=False).fit()
+    assert a['world'] == b['world'] == 2 and a['sharded'] and not one.card()['sharded']
+    assert a['held'] + b['held'] == a['in all'] == 153 and max(a['held'], b['held']) < 153 and a['averaged'] == a['held']
+    assert a['state'] == b['state'] and a['ema'] == b['ema'] and a['losses'] == b['losses']
+    assert curve_error(a['losses'], one.losses) < 1e-4 < 1e-3 < curve_error(a['wrong'], one.losses)
+    alone = job(tmp_path, model=net(seed=3, dropout=0.), steps=12, bf16=False).resume()
+    assert alone.step == 12 and digest(alone.state()) == a['state'] and digest(alone.ema_model().state_dict()) == a['ema']
+    for k, v in one.state().items(): torch.testing.assert_close(alone.state()[k], v, rtol=1e-3, atol=1e-5)
+
+
+def test_shards_want_contiguous_weights(monkeypatch):
+    t = job(steps=2)
+    monkeypatch.setenv('ACCELERATE_USE_FSDP', 'true')
+    t.world = 2
+    with pytest.raises(CourseError, match='leave channels_last out'): t._layout(True)
+    assert t._layout(None) == torch.contiguous_format
+
+
+@pytest.mark.parametrize('channels_last, layout', [(None, torch.contiguous_format), (False, torch.contiguous_format), (True, torch.channels_last)])
+def test_layout_on_a_cpu(channels_last, layout):
+    wide = lambda: nn.Sequential(nn.Conv2d(3, 4, 3))
+    t = Trainer(wide(), lambda m, b, d: m(b['x']).square().mean(), {'x': torch.randn(8, 3, 6, 6)}, steps=3, batch_size=4,
+                channels_last=channels_last, device='cpu', progress=False).fit()
+    assert t.layout == layout and t.model[0].weight.is_contiguous(memory_format=layout)
+    t.device = torch.device('cuda')
+    assert t._layout(None) == torch.channels_last
 
 
 def test_a_batch_must_divide_among_processes():

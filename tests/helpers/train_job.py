@@ -68,6 +68,23 @@ def double(out):
     torch.distributed.destroy_process_group()
 
 
+def shards(out):
+    "One of two processes with weights in shards: half the run, a checkpoint, and the rest from the checkpoint"
+    first = job(out, model=net(dropout=0.), steps=12, bf16=False, save_every=5)
+    for _ in range(5): first.update()
+    first.save()
+    t = job(out, model=net(seed=9, dropout=0.), steps=12, bf16=False, save_every=12).resume()
+    here = {'held': sum(p.to_local().numel() for p in t.params), 'in all': sum(p.numel() for p in t.params),
+            'averaged': sum(t.ema.shadow[k].to_local().numel() for k in t.ema.names)}
+    t.fit()
+    state, model = t.state(), t.ema_model()
+    wrong = job(model=net(dropout=0.), cls=SameShard, steps=12, bf16=False).fit()
+    found = {**here, 'losses': t.losses, 'state': digest(state), 'sharded': t.card()['sharded'], 'world': t.world,
+             'wrong': wrong.losses, 'ema': digest(model.state_dict())}
+    with open(f'{out}/{t.rank}.json', 'w') as f: json.dump(found, f)
+    torch.distributed.destroy_process_group()
+
+
 if __name__ == '__main__':
-    if sys.argv[1] == 'double': double(sys.argv[2])
+    if sys.argv[1] in ('double', 'shards'): globals()[sys.argv[1]](sys.argv[2])
     else: job(sys.argv[2], telling).fit()
