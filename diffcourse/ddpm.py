@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 # %% ../nbs/08_ddpm.ipynb #b65040e9
@@ -68,11 +69,6 @@ class Step:
     floor: Tensor     # log-variance used where the step ends at clean data (there the true one is −∞)
 
     @property
-    def noisy(self) -> Tensor:
-        "Is there noise left after this step?"
-        return self.ᾱ_next < 1
-
-    @property
     def coef_x0(self) -> Tensor:
         "Weight of x0 in the posterior mean (DDPM eq. 7)"
         return self.ᾱ_next.sqrt() * self.β / (1 - self.ᾱ)
@@ -87,15 +83,21 @@ class Step:
         "β̃, the posterior's variance (DDPM eq. 7)"
         return self.β * (1 - self.ᾱ_next) / (1 - self.ᾱ)
 
-    @property
-    def log_variance(self) -> Tensor:
-        "log β̃, with `floor` in place of −∞"
-        return torch.where(self.noisy, self.variance.log(), self.floor)
+# %% ../nbs/08_ddpm.ipynb #b6e7c4cb
+@patch(as_prop=True)
+def noisy(self: Step) -> Tensor:
+    "Is there noise left after this step?"
+    return self.ᾱ_next < 1
 
-    @property
-    def log_β(self) -> Tensor:
-        "log β, the larger fixed choice, with `floor` at the end as in the official code"
-        return torch.where(self.noisy, self.β.log(), self.floor)
+@patch(as_prop=True)
+def log_variance(self: Step) -> Tensor:
+    "log β̃, with `floor` in place of −∞"
+    return torch.where(self.noisy, self.variance.log(), self.floor)
+
+@patch(as_prop=True)
+def log_β(self: Step) -> Tensor:
+    "log β, the larger fixed choice, with `floor` at the end as in the official code"
+    return torch.where(self.noisy, self.β.log(), self.floor)
 
 # %% ../nbs/08_ddpm.ipynb #42a458ba
 def q_posterior_mean_variance(
@@ -133,19 +135,22 @@ class Path(Sequence):
         if isinstance(i, slice): return [self[k] for k in range(len(self))[i]]
         return _pick(self.table, len(self) - 1 - range(len(self))[i])
 
-    def at(self,
-        i: Tensor,  # positions counted from the data's side, (B,): for the full path, the timestep
-    ) -> Step:      # with one number per item
-        "The steps at positions `i`, gathered for a batch"
-        i = torch.as_tensor(i)
-        require(i.numel() > 0, 'the batch is empty: give at least one timestep')
-        require(not i.is_floating_point(), f'positions on a path are integers, got {i.dtype}')
-        if i.device.type != 'cuda':  # there the check would make the host wait, and CUDA checks indices itself
-            require(0 <= int(i.min()) and int(i.max()) < len(self),
-                    f't must lie in [0, {len(self)}), got {int(i.min())} … {int(i.max())}')
-            i = i.cpu()
-        if i.device not in self._on: self._on[i.device] = Step(*(v.to(i.device) for v in _fields(self.table)))
-        return _pick(self._on[i.device], i)
+# %% ../nbs/08_ddpm.ipynb #7392dd0c
+@patch
+def at(
+    self: Path,
+    i: Tensor,  # positions counted from the data's side, (B,): for the full path, the timestep
+) -> Step:      # with one number per item
+    "The steps at positions `i`, gathered for a batch"
+    i = torch.as_tensor(i)
+    require(i.numel() > 0, 'the batch is empty: give at least one timestep')
+    require(not i.is_floating_point(), f'positions on a path are integers, got {i.dtype}')
+    if i.device.type != 'cuda':  # there the check would make the host wait, and CUDA checks indices itself
+        require(0 <= int(i.min()) and int(i.max()) < len(self),
+                f't must lie in [0, {len(self)}), got {int(i.min())} … {int(i.max())}')
+        i = i.cpu()
+    if i.device not in self._on: self._on[i.device] = Step(*(v.to(i.device) for v in _fields(self.table)))
+    return _pick(self._on[i.device], i)
 
 # %% ../nbs/08_ddpm.ipynb #b7cfb7cd
 def _fields(s): return s.t, s.ᾱ, s.ᾱ_next, s.β, s.floor
@@ -178,38 +183,27 @@ class Schedule:
         require(T >= 1000 * end, f'T must be at least {math.ceil(1000 * end)}, or the last β exceeds 1; got {T}')
         return cls(torch.linspace(start, end, T, dtype=torch.float64) * (1000 / T))
 
-    def steps(self,
-        timesteps: int | Sequence[int] | None = None, # how many evenly spaced ones, or which, ascending; default all
-        told: Callable | None = None,                 # timesteps → what the network is told; default the same
-        final: float = 1.,                            # signal power after the last step
-    ) -> Path:
-        "A path from noise to data through all or some of the levels"
-        if timesteps is None and told is None and final == 1.: return self._full
-        if timesteps is None: timesteps = range(self.T)
-        if isinstance(timesteps, int): timesteps = self._even(timesteps)
-        kept = torch.as_tensor(list(timesteps), dtype=torch.int64)
-        ok = len(kept) and 0 <= kept.min() and kept.max() < self.T and bool((kept.diff() > 0).all())
-        require(ok, f'timesteps must be ascending integers in [0, {self.T})')
-        return Path(self.alphas_cumprod[kept], told(kept) if told else kept, final)
+# %% ../nbs/08_ddpm.ipynb #5238ca70
+@patch
+def steps(
+    self: Schedule,
+    timesteps: int | Sequence[int] | None = None, # how many evenly spaced ones, or which, ascending; default all
+    told: Callable | None = None,                 # timesteps → what the network is told; default the same
+    final: float = 1.,                            # signal power after the last step
+) -> Path:
+    "A path from noise to data through all or some of the levels"
+    if timesteps is None and told is None and final == 1.: return self._full
+    if timesteps is None: timesteps = range(self.T)
+    if isinstance(timesteps, int): timesteps = self._even(timesteps)
+    kept = torch.as_tensor(list(timesteps), dtype=torch.int64)
+    ok = len(kept) and 0 <= kept.min() and kept.max() < self.T and bool((kept.diff() > 0).all())
+    require(ok, f'timesteps must be ascending integers in [0, {self.T})')
+    return Path(self.alphas_cumprod[kept], told(kept) if told else kept, final)
 
-    def _even(self, n):
-        require(1 <= n <= self.T, f'the number of steps must lie in [1, {self.T}], got {n}')
-        return [self.T - 1] if n == 1 else [round(i * (self.T - 1) / (n - 1)) for i in range(n)]
-
-    def log_snr(self,
-        t: Tensor | float,  # timestep, may lie between two levels, in [0, T−1]
-    ) -> Tensor:            # log ᾱ/(1−ᾱ), float64
-        "Logarithm of the signal-to-noise ratio, continued between the levels by straight lines"
-        t = torch.as_tensor(t, dtype=torch.float64)
-        require(bool(((t >= 0) & (t <= self.T - 1)).all()), f't must lie in [0, {self.T - 1}]')
-        return torch.as_tensor(np.interp(t, np.arange(self.T), self.alphas_cumprod.logit()))
-
-    def t_from_log_snr(self,
-        λ: Tensor | float,  # log ᾱ/(1−ᾱ); values beyond the ends give the ends
-    ) -> Tensor:            # timestep, float64
-        "The inverse of `log_snr`"
-        λ = torch.as_tensor(λ, dtype=torch.float64)
-        return torch.as_tensor(np.interp(-λ, -self.alphas_cumprod.logit(), np.arange(self.T)))
+@patch
+def _even(self: Schedule, n):
+    require(1 <= n <= self.T, f'the number of steps must lie in [1, {self.T}], got {n}')
+    return [self.T - 1] if n == 1 else [round(i * (self.T - 1) / (n - 1)) for i in range(n)]
 
 # %% ../nbs/08_ddpm.ipynb #aa114d6d
 _DERIVED = dict(
@@ -225,6 +219,26 @@ _DERIVED = dict(
     posterior_mean_coef1=lambda s: s._full.table.coef_x0,
     posterior_mean_coef2=lambda s: s._full.table.coef_x)
 for _name, _value in _DERIVED.items(): setattr(Schedule, _name, property(_value))
+
+# %% ../nbs/08_ddpm.ipynb #c191199b
+@patch
+def log_snr(
+    self: Schedule,
+    t: Tensor | float,  # timestep, may lie between two levels, in [0, T−1]
+) -> Tensor:            # log ᾱ/(1−ᾱ), float64
+    "Logarithm of the signal-to-noise ratio, continued between the levels by straight lines"
+    t = torch.as_tensor(t, dtype=torch.float64)
+    require(bool(((t >= 0) & (t <= self.T - 1)).all()), f't must lie in [0, {self.T - 1}]')
+    return torch.as_tensor(np.interp(t, np.arange(self.T), self.alphas_cumprod.logit()))
+
+@patch
+def t_from_log_snr(
+    self: Schedule,
+    λ: Tensor | float,  # log ᾱ/(1−ᾱ); values beyond the ends give the ends
+) -> Tensor:            # timestep, float64
+    "The inverse of `log_snr`"
+    λ = torch.as_tensor(λ, dtype=torch.float64)
+    return torch.as_tensor(np.interp(-λ, -self.alphas_cumprod.logit(), np.arange(self.T)))
 
 # %% ../nbs/08_ddpm.ipynb #522ae89a
 def x0_from_eps(
@@ -360,61 +374,6 @@ class Denoiser:
         "Call the network"
         return self.net(x, torch.as_tensor(t).to(x.device).expand(len(x)), **cond)
 
-    def guided(self,
-        **hooks,        # raw=, x0=, prediction=: see `Guidance`
-    ) -> 'Denoiser':    # a copy with these hooks added
-        "The same denoiser, steered"
-        return replace(self, guidance=replace(self.guidance, **hooks))
-
-    def predict(self,
-        raw: Tensor,                    # network output, (B, C or 2C, ...)
-        x: Tensor,                      # noisy data x_t, (B, C, ...)
-        step: Step,                     # from t to the next level
-        x0_fn: Callable | None = None,  # x0 → x0, such as `clip_x0`
-    ) -> Prediction:
-        "Turn raw output into x0, ε, mean and log variance"
-        raw = raw.to(x.dtype)
-        variances = variance_of(self.variance, raw, x, step)
-        raw = self.mean_part(raw, x)
-        if self.parameterization == 'previous_x': x0 = x0_from_previous(x, raw, step)
-        else: x0 = {'eps': x0_from_eps, 'v': x0_from_v, 'x0': lambda x, r, ᾱ: r}[self.parameterization](x, raw, step.ᾱ)
-        if x0_fn: x0 = x0_fn(x0)
-        eps = raw if self.parameterization == 'eps' and not x0_fn else eps_from_x0(x, x0, step.ᾱ)
-        mean = raw if self.parameterization == 'previous_x' else q_posterior_mean_variance(x0, x, step)[0]
-        return Prediction(x0, eps, mean, *variances)
-
-    def mean_part(self,
-        raw: Tensor,  # network output, (B, C or 2C, ...)
-        x: Tensor,    # noisy data, (B, C, ...)
-    ) -> Tensor:      # (B, C, ...)
-        "The channels of `raw` that predict the mean"
-        c = x.shape[1] * (2 if self.variance.startswith('learned') else 1)
-        require(raw.shape[1] == c, f'variance {self.variance!r} needs {c} output channels, got {raw.shape[1]}')
-        return raw[:, :x.shape[1]]
-
-    def target(self,
-        x0: Tensor,     # clean data, (B, ...)
-        noise: Tensor,  # the noise that was mixed in
-        x: Tensor,      # their mixture x_t
-        step: Step,     # from t to the next level
-    ) -> Tensor:        # what the mean channels should say
-        "The regression target of this parameterisation"
-        if self.parameterization == 'eps': return noise
-        if self.parameterization == 'x0': return x0
-        if self.parameterization == 'v': return v_from_x0_eps(x0, noise, step.ᾱ)
-        return q_posterior_mean_variance(x0, x, step)[0]
-
-    def denoise(self,
-        x: Tensor,   # noisy data x_t, (B, C, ...)
-        step: Step,  # from t to the next level
-        **cond,      # conditions for the network
-    ) -> Prediction:
-        "Network, then guidance in its three places: on raw, on x0, on the prediction"
-        g = self.guidance
-        raw = g.raw(self, x, step, cond) if g.raw else self(x, step.t, **cond)
-        p = self.predict(raw, x, step, g.x0)
-        return g.prediction(p, x, step, cond) if g.prediction else p
-
 # %% ../nbs/08_ddpm.ipynb #b4f19395
 def variance_of(
     kind: str,   # one of `VARIANCES`
@@ -432,6 +391,74 @@ def variance_of(
         share = (v + 1) / 2
         v = share * full(step.β.log()) + (1 - share) * full(step.log_variance)
     return v, v.exp()
+
+# %% ../nbs/08_ddpm.ipynb #6efd0931
+@patch
+def mean_part(
+    self: Denoiser,
+    raw: Tensor,  # network output, (B, C or 2C, ...)
+    x: Tensor,    # noisy data, (B, C, ...)
+) -> Tensor:      # (B, C, ...)
+    "The channels of `raw` that predict the mean"
+    c = x.shape[1] * (2 if self.variance.startswith('learned') else 1)
+    require(raw.shape[1] == c, f'variance {self.variance!r} needs {c} output channels, got {raw.shape[1]}')
+    return raw[:, :x.shape[1]]
+
+@patch
+def target(
+    self: Denoiser,
+    x0: Tensor,     # clean data, (B, ...)
+    noise: Tensor,  # the noise that was mixed in
+    x: Tensor,      # their mixture x_t
+    step: Step,     # from t to the next level
+) -> Tensor:        # what the mean channels should say
+    "The regression target of this parameterisation"
+    if self.parameterization == 'eps': return noise
+    if self.parameterization == 'x0': return x0
+    if self.parameterization == 'v': return v_from_x0_eps(x0, noise, step.ᾱ)
+    return q_posterior_mean_variance(x0, x, step)[0]
+
+# %% ../nbs/08_ddpm.ipynb #4bbc2e0a
+@patch
+def predict(
+    self: Denoiser,
+    raw: Tensor,                    # network output, (B, C or 2C, ...)
+    x: Tensor,                      # noisy data x_t, (B, C, ...)
+    step: Step,                     # from t to the next level
+    x0_fn: Callable | None = None,  # x0 → x0, such as `clip_x0`
+) -> Prediction:
+    "Turn raw output into x0, ε, mean and log variance"
+    raw = raw.to(x.dtype)
+    variances = variance_of(self.variance, raw, x, step)
+    raw = self.mean_part(raw, x)
+    if self.parameterization == 'previous_x': x0 = x0_from_previous(x, raw, step)
+    else: x0 = {'eps': x0_from_eps, 'v': x0_from_v, 'x0': lambda x, r, ᾱ: r}[self.parameterization](x, raw, step.ᾱ)
+    if x0_fn: x0 = x0_fn(x0)
+    eps = raw if self.parameterization == 'eps' and not x0_fn else eps_from_x0(x, x0, step.ᾱ)
+    mean = raw if self.parameterization == 'previous_x' else q_posterior_mean_variance(x0, x, step)[0]
+    return Prediction(x0, eps, mean, *variances)
+
+# %% ../nbs/08_ddpm.ipynb #68c24f26
+@patch
+def guided(
+    self: Denoiser,
+    **hooks,        # raw=, x0=, prediction=: see `Guidance`
+) -> Denoiser:      # a copy with these hooks added
+    "The same denoiser, steered"
+    return replace(self, guidance=replace(self.guidance, **hooks))
+
+@patch
+def denoise(
+    self: Denoiser,
+    x: Tensor,   # noisy data x_t, (B, C, ...)
+    step: Step,  # from t to the next level
+    **cond,      # conditions for the network
+) -> Prediction:
+    "Network, then guidance in its three places: on raw, on x0, on the prediction"
+    g = self.guidance
+    raw = g.raw(self, x, step, cond) if g.raw else self(x, step.t, **cond)
+    p = self.predict(raw, x, step, g.x0)
+    return g.prediction(p, x, step, cond) if g.prediction else p
 
 # %% ../nbs/08_ddpm.ipynb #8a001ff8
 def ancestral(

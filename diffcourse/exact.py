@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 # %% ../nbs/08a_exact.ipynb #a07e6c24
@@ -38,30 +39,38 @@ class Mixture:
         x = self.points[torch.multinomial(self.weights, n, replacement=True, generator=gen)]
         return x + self.std * torch.randn(x.shape, generator=gen, dtype=x.dtype)
 
-    def _logits(self, x, ᾱ):
-        flat, ᾱ = x.flatten(1), torch.as_tensor(ᾱ, dtype=torch.float64)
-        var = spread(ᾱ * self.std ** 2 + 1 - ᾱ, flat)
-        points = self.points.to(x).flatten(1)
-        d2 = (flat[:, None] - spread(ᾱ.sqrt(), flat[:, None]) * points).square().sum(-1)
-        return self.weights.to(x).log() - d2 / (2 * var) - .5 * points.shape[1] * (2 * math.pi * var).log()
+# %% ../nbs/08a_exact.ipynb #21f0f97e
+@patch
+def _logits(self: Mixture, x, ᾱ):
+    "Logarithm of weight times density of each component at x, (B, K): @eq-exact-responsibility before normalising"
+    flat, ᾱ = x.flatten(1), torch.as_tensor(ᾱ, dtype=torch.float64)
+    var = spread(ᾱ * self.std ** 2 + 1 - ᾱ, flat)
+    points = self.points.to(x).flatten(1)
+    d2 = (flat[:, None] - spread(ᾱ.sqrt(), flat[:, None]) * points).square().sum(-1)
+    return self.weights.to(x).log() - d2 / (2 * var) - .5 * points.shape[1] * (2 * math.pi * var).log()
 
-    def log_density(self,
-        x: Tensor,          # noisy data x_t, (B, ...)
-        ᾱ: Tensor | float,  # its signal power, (B,) or one number
-    ) -> Tensor:            # (B,)
-        "log q(x_t), the data's own density after noising"
-        return self._logits(x, ᾱ).logsumexp(1)
+@patch
+def log_density(
+    self: Mixture,
+    x: Tensor,          # noisy data x_t, (B, ...)
+    ᾱ: Tensor | float,  # its signal power, (B,) or one number
+) -> Tensor:            # (B,)
+    "log q(x_t), the data's own density after noising"
+    return self._logits(x, ᾱ).logsumexp(1)
 
-    def x0(self,
-        x: Tensor,          # noisy data x_t, (B, ...)
-        ᾱ: Tensor | float,  # its signal power, (B,) or one number
-    ) -> Tensor:            # E[x0 | x_t], the shape of x
-        "The optimal denoiser"
-        post = self._logits(x, ᾱ).softmax(1)
-        centre = (post @ self.points.to(x).flatten(1)).reshape(x.shape)
-        ᾱ = torch.as_tensor(ᾱ, dtype=torch.float64)
-        gain = spread(ᾱ.sqrt() * self.std ** 2 / (ᾱ * self.std ** 2 + 1 - ᾱ), x)
-        return centre + gain * (x - spread(ᾱ.sqrt(), x) * centre)
+# %% ../nbs/08a_exact.ipynb #720f43a0
+@patch
+def x0(
+    self: Mixture,
+    x: Tensor,          # noisy data x_t, (B, ...)
+    ᾱ: Tensor | float,  # its signal power, (B,) or one number
+) -> Tensor:            # E[x0 | x_t], the shape of x
+    "The optimal denoiser"
+    post = self._logits(x, ᾱ).softmax(1)
+    centre = (post @ self.points.to(x).flatten(1)).reshape(x.shape)
+    ᾱ = torch.as_tensor(ᾱ, dtype=torch.float64)
+    gain = spread(ᾱ.sqrt() * self.std ** 2 / (ᾱ * self.std ** 2 + 1 - ᾱ), x)
+    return centre + gain * (x - spread(ᾱ.sqrt(), x) * centre)
 
 # %% ../nbs/08a_exact.ipynb #82639d41
 def exact_denoiser(

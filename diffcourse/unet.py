@@ -30,6 +30,7 @@ class TimeMLP(nn.Module):
         self.dense = nn.ModuleList([nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, 4 * channels)])
 
     def forward(self, t: Tensor) -> Tensor:
+        "Timesteps (B,) → time vectors (B, 4 · channels)"
         γ = timestep_embedding(t, self.channels, order='sin_cos').to(self.dense[0].weight.dtype)
         return self.dense[1](F.silu(self.dense[0](γ)))
 
@@ -54,6 +55,7 @@ class ResBlock(nn.Module):
         if in_channels != out_channels: self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        "Pictures (B, in_channels, H, W) and time vectors → (B, out_channels, H, W)"
         h = self.conv1(F.silu(self.norm1(x)))
         h = h + self.temb_proj(F.silu(time))[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
@@ -76,6 +78,7 @@ class AttentionBlock(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
+        "(B, C, H, W) → the same shape"
         tokens = self.norm(x).flatten(2).transpose(1, 2)                              # (B, H·W, C)
         q, k, v = (_pointwise(layer, tokens) for layer in (self.q, self.k, self.v))
         out = _pointwise(self.proj_out, attention(q, k, v))
@@ -106,24 +109,31 @@ class UNet(nn.Module):
         middle_attention: bool = True,                # attention at the lowest resolution, between two blocks
     ):
         super().__init__()
-        halvings = len(multipliers) - 1
-        require(image_size % 2**halvings == 0,
-                f'image_size {image_size} cannot be halved {halvings} times: use fewer multipliers')
-        self.config = {k: v for k, v in locals().items() if k not in ('self', '__class__', 'halvings')}
+        self.config = {k: v for k, v in locals().items() if k not in ('self', '__class__')}
         self.in_channels, self.out_channels = in_channels, out_channels or in_channels
-        widths, common = [channels * m for m in multipliers], (4 * channels, dropout, groups)
-        attend = [image_size // 2**i in tuple(attention_resolutions) for i in range(len(widths))]
-        self.temb = TimeMLP(channels)
-        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
-        self._build_down(channels, widths, blocks, attend, common, resample_with_conv)
-        self.mid = nn.Module()
-        self.mid.block_1 = ResBlock(widths[-1], widths[-1], *common)
-        if middle_attention: self.mid.attn_1 = AttentionBlock(widths[-1], groups)
-        self.mid.block_2 = ResBlock(widths[-1], widths[-1], *common)
-        self._build_up(channels, widths, blocks, attend, common, resample_with_conv)
-        self.norm_out = group_norm(widths[0], 1e-6, groups)
-        self.conv_out = nn.Conv2d(widths[0], self.out_channels, 3, padding=1)
+        self._build(**self.config)
         self.reset()
+
+# %% ../nbs/07b_unet.ipynb #07ed0056
+@patch
+def _build(self: UNet, channels, multipliers, blocks, attention_resolutions, dropout, image_size, groups,
+           resample_with_conv, middle_attention, **_):
+    "Every part of the network, under its official name"
+    halvings = len(multipliers) - 1
+    require(image_size % 2**halvings == 0,
+            f'image_size {image_size} cannot be halved {halvings} times: use fewer multipliers')
+    widths, common = [channels * m for m in multipliers], (4 * channels, dropout, groups)
+    attend = [image_size // 2**i in tuple(attention_resolutions) for i in range(len(widths))]
+    self.temb = TimeMLP(channels)
+    self.conv_in = nn.Conv2d(self.in_channels, channels, 3, padding=1)
+    self._build_down(channels, widths, blocks, attend, common, resample_with_conv)
+    self.mid = nn.Module()
+    self.mid.block_1 = ResBlock(widths[-1], widths[-1], *common)
+    if middle_attention: self.mid.attn_1 = AttentionBlock(widths[-1], groups)
+    self.mid.block_2 = ResBlock(widths[-1], widths[-1], *common)
+    self._build_up(channels, widths, blocks, attend, common, resample_with_conv)
+    self.norm_out = group_norm(widths[0], 1e-6, groups)
+    self.conv_out = nn.Conv2d(widths[0], self.out_channels, 3, padding=1)
 
 # %% ../nbs/07b_unet.ipynb #8561deec
 @patch
@@ -177,6 +187,7 @@ def forward(
     x: Tensor,  # noisy pictures, (B, in_channels, H, W), H and W divisible by 2^(levels - 1)
     t: Tensor,  # timesteps, (B,): integers or floats
 ) -> Tensor:    # (B, out_channels, H, W)
+    "What the network says about noisy pictures: down, middle, up"
     halvings = 2**(len(self.down) - 1)
     require(x.ndim == 4 and x.shape[1] == self.in_channels and x.shape[2] % halvings == x.shape[3] % halvings == 0,
             f'the network takes (B, {self.in_channels}, H, W) with H and W divisible by {halvings}, '
