@@ -273,11 +273,11 @@ def evaluate_digits(
 
 # %% ../nbs/04_vae.ipynb #b47b2a7b
 FASHION = register(Recipe(
-    name='vae_fashion', about='VAE with 16 code numbers on Fashion-MNIST, Gaussian pixels',
-    data=lambda budget: data.fashion_mnist(), model=lambda: VAE(latent=16, sigma=.5), loss=loss_elbo(),
+    name='vae_fashion', about='VAE with 8 code numbers on Fashion-MNIST, Gaussian pixels',
+    data=lambda budget: data.fashion_mnist(), model=lambda: VAE(width=24, latent=8, sigma=.8), loss=loss_elbo(),
     settings=dict(smoke=dict(steps=30, batch_size=64, lr=2e-3, clip=1e4, warmup=5),
-                  laptop=dict(steps=1200, batch_size=128, lr=2e-3, clip=1e4),
-                  gpu=dict(steps=20_000, batch_size=256, lr=2e-3, clip=1e4)),
+                  laptop=dict(steps=9000, batch_size=64, lr=3e-3, clip=1e4),
+                  gpu=dict(steps=20_000, batch_size=256, lr=3e-3, clip=1e4)),
     sample=sample_prior, reconstruct=reconstruct, evaluate=evaluate_fashion))
 
 # %% ../nbs/04_vae.ipynb #ad5630b1
