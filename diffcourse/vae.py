@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from . import data
@@ -33,31 +34,43 @@ class DiagonalGaussian:
         self.logvar = logvar.clamp(-30, 20)
         self.std, self.var = torch.exp(0.5 * self.logvar), torch.exp(self.logvar)
 
-    def sample(self,
-        noise: Tensor | None = None,           # standard normal, the shape of `mean`; default: drawn
-        gen: torch.Generator | None = None,    # where to draw it
-    ) -> Tensor:                               # codes, the shape of `mean`
-        "A code from each cloud, differentiable in the parameters"
-        m = self.mean
-        if noise is None: noise = torch.randn(m.shape, generator=gen, device=m.device, dtype=m.dtype)
-        return m + self.std * noise
-
     def mode(self) -> Tensor:
         "The middle of each cloud"
         return self.mean
 
-    def kl_terms(self, other: 'DiagonalGaussian | None' = None) -> Tensor:
-        "Each code number's divergence from N(0, 1), or from its distribution in `other`, in nats"
-        if other is None: return 0.5 * (self.mean**2 + self.var - 1 - self.logvar)
-        return 0.5 * ((self.mean - other.mean)**2 / other.var + self.var / other.var - 1 - self.logvar + other.logvar)
+# %% ../nbs/04_vae.ipynb #1d02fd90
+@patch
+def sample(self: DiagonalGaussian,
+    noise: Tensor | None = None,           # standard normal, the shape of `mean`; default: drawn
+    gen: torch.Generator | None = None,    # where to draw it
+) -> Tensor:                               # codes, the shape of `mean`
+    "A code from each cloud, differentiable in the parameters"
+    m = self.mean
+    if noise is None: noise = torch.randn(m.shape, generator=gen, device=m.device, dtype=m.dtype)
+    return m + self.std * noise
 
-    def kl(self, other: 'DiagonalGaussian | None' = None) -> Tensor:
-        "The divergence in nats, *summed* over a picture's code numbers: (B,)"
-        return self.kl_terms(other).flatten(1).sum(1)
+# %% ../nbs/04_vae.ipynb #fb17461e
+@patch
+def kl_terms(self: DiagonalGaussian,
+    other: DiagonalGaussian | None = None, # default: the prior, N(0, 1) for each number
+) -> Tensor:                               # nats, the shape of `mean`
+    "Each code number's divergence from the prior, or from its distribution in `other`"
+    if other is None: return 0.5 * (self.mean**2 + self.var - 1 - self.logvar)
+    return 0.5 * ((self.mean - other.mean)**2 / other.var + self.var / other.var - 1 - self.logvar + other.logvar)
 
-    def nll(self, sample: Tensor) -> Tensor:
-        "Minus the log-density of `sample`, summed likewise: (B,)"
-        return 0.5 * (math.log(2 * math.pi) + self.logvar + (sample - self.mean)**2 / self.var).flatten(1).sum(1)
+@patch
+def kl(self: DiagonalGaussian,
+    other: DiagonalGaussian | None = None, # default: the prior
+) -> Tensor:                               # nats, (B,)
+    "The divergence, *summed* over a picture's code numbers"
+    return self.kl_terms(other).flatten(1).sum(1)
+
+@patch
+def nll(self: DiagonalGaussian,
+    sample: Tensor,  # the shape of `mean`
+) -> Tensor:         # nats, (B,)
+    "Minus the log-density of `sample`, summed likewise"
+    return 0.5 * (math.log(2 * math.pi) + self.logvar + (sample - self.mean)**2 / self.var).flatten(1).sum(1)
 
 # %% ../nbs/04_vae.ipynb #b4c4f41a
 def gradient_samples(
@@ -108,28 +121,39 @@ class VAE(nn.Module):
         self.encoder = Encoder(channels, width, 2 * latent)
         self.decoder = Decoder(latent, channels, width)
 
-    def encode(self, x: Tensor) -> DiagonalGaussian:
+    def encode(self,
+        x: Tensor,            # pictures, (B, C, H, W) in [-1, 1]
+    ) -> DiagonalGaussian:    # of (B, latent) numbers
         "The proposal q(z|x) for each picture"
         return DiagonalGaussian(self.encoder(x))
 
-    def log_likelihood(self,
-        x: Tensor,  # pictures, (B, C, H, W) in [-1, 1]
-        z: Tensor,  # a code for each, (B, latent)
-    ) -> Tensor:    # nats, (B,)
-        "log p(x|z), summed over pixels"
-        out = self.decoder(z).float()
-        if self.likelihood == 'bernoulli': terms = F.logsigmoid(x * out)
-        else: terms = -0.5 * ((x - out) / self.sigma)**2 - math.log(self.sigma * math.sqrt(2 * math.pi))
-        return terms.flatten(1).sum(1)
+# %% ../nbs/04_vae.ipynb #a56a30d7
+@patch
+def log_likelihood(self: VAE,
+    x: Tensor,  # pictures, (B, C, H, W) in [-1, 1]
+    z: Tensor,  # a code for each, (B, latent)
+) -> Tensor:    # nats, (B,)
+    "log p(x|z), summed over pixels (@eq-vae-gaussian-likelihood, or log-odds for binary pixels)"
+    out = self.decoder(z).float()
+    if self.likelihood == 'bernoulli': terms = F.logsigmoid(x * out)
+    else: terms = -0.5 * ((x - out) / self.sigma)**2 - math.log(self.sigma * math.sqrt(2 * math.pi))
+    return terms.flatten(1).sum(1)
 
-    def decode(self, z: Tensor) -> Tensor:
-        "The mean picture of p(x|z), in [-1, 1]"
-        out = self.decoder(z).float()
-        return torch.tanh(out / 2) if self.likelihood == 'bernoulli' else out.clamp(-1, 1)
+# %% ../nbs/04_vae.ipynb #d3cf38cb
+@patch
+def decode(self: VAE,
+    z: Tensor,  # codes, (B, latent)
+) -> Tensor:    # pictures, (B, C, H, W) in [-1, 1]
+    "The mean picture of p(x|z)"
+    out = self.decoder(z).float()
+    return torch.tanh(out / 2) if self.likelihood == 'bernoulli' else out.clamp(-1, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        "Reconstruct through the middle of the cloud, without noise"
-        return self.decode(self.encode(x).mode())
+@patch
+def forward(self: VAE,
+    x: Tensor,  # pictures, (B, C, H, W) in [-1, 1]
+) -> Tensor:    # the same shape
+    "Reconstruct through the middle of the cloud, without noise"
+    return self.decode(self.encode(x).mode())
 
 # %% ../nbs/04_vae.ipynb #8283d98f
 def loss_elbo(
@@ -273,11 +297,11 @@ def evaluate_digits(
 
 # %% ../nbs/04_vae.ipynb #b47b2a7b
 FASHION = register(Recipe(
-    name='vae_fashion', about='VAE with 16 code numbers on Fashion-MNIST, Gaussian pixels',
-    data=lambda budget: data.fashion_mnist(), model=lambda: VAE(latent=16, sigma=.5), loss=loss_elbo(),
+    name='vae_fashion', about='VAE with 8 code numbers on Fashion-MNIST, Gaussian pixels',
+    data=lambda budget: data.fashion_mnist(), model=lambda: VAE(width=24, latent=8, sigma=.8), loss=loss_elbo(),
     settings=dict(smoke=dict(steps=30, batch_size=64, lr=2e-3, clip=1e4, warmup=5),
-                  laptop=dict(steps=1200, batch_size=128, lr=2e-3, clip=1e4),
-                  gpu=dict(steps=20_000, batch_size=256, lr=2e-3, clip=1e4)),
+                  laptop=dict(steps=9000, batch_size=64, lr=3e-3, clip=1e4),
+                  gpu=dict(steps=20_000, batch_size=256, lr=3e-3, clip=1e4)),
     sample=sample_prior, reconstruct=reconstruct, evaluate=evaluate_fashion))
 
 # %% ../nbs/04_vae.ipynb #ad5630b1
