@@ -8,7 +8,7 @@ __all__ = ['app', 'data_app', 'weights_app', 'OptBudget', 'OptDevice', 'OptWeigh
            'demo', 'main']
 
 # %% ../nbs/18a_cli.ipynb #3aa9077e
-import importlib, os, shutil, sys, time
+import importlib, os, shutil, sys, tempfile, time
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -178,21 +178,27 @@ def notebooks(
     print(f'{sum(f.suffix == ".ipynb" for f in files)} notebooks in {out}; open them with: jupyter lab {out}')
 
 # %% ../nbs/18a_cli.ipynb #ecbfcc8d
+def _writable(folder: Path) -> bool:
+    "Can files be made there, or where it would be made?"
+    try:
+        with tempfile.TemporaryFile(dir=next(p for p in (folder, *folder.parents) if p.exists())): return True
+    except OSError: return False
+
 def _machine() -> dict:
     "What the computer has; a finding that starts with ✗ needs attention"
     import torch
     from diffcourse.core import default_device, fast_bf16, home, offline
     device, disk = default_device(), shutil.disk_usage(Path.cwd()).free / 2**30
-    writable = os.access(next(p for p in (home(), *home().parents) if p.exists()), os.W_OK)
     python, version = (3, 11) <= sys.version_info[:2] < (3, 14), sys.version.split()[0]
     card = f' ({torch.cuda.get_device_name()})' if device.type == 'cuda' else ''
     return {'Python': version if python else f'✗ 3.11 to 3.13 is needed, this is {version}',
             'device': f'{device}{card}', 'threads': torch.get_num_threads(),
             'bfloat16': 'native' if fast_bf16(device.type) else 'not native here: float32 is used',
-            'cache': f'{home()}' if writable else f'✗ {home()} is not writable: set DIFFCOURSE_HOME',
+            'cache': f'{home()}' if _writable(home()) else f'✗ {home()} is not writable: set DIFFCOURSE_HOME',
             'free disk': f'{disk:.0f} GB' if disk > 2 else f'✗ {disk:.1f} GB: free some before you train',
             'network': 'forbidden (DIFFCOURSE_OFFLINE)' if offline() else 'allowed'}
 
+# %% ../nbs/18a_cli.ipynb #a9189a92
 def _installed() -> dict:
     "What is installed, likewise"
     from diffcourse import __version__

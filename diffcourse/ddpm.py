@@ -206,19 +206,20 @@ def _even(self: Schedule, n):
     return [self.T - 1] if n == 1 else [round(i * (self.T - 1) / (n - 1)) for i in range(n)]
 
 # %% ../nbs/08_ddpm.ipynb #aa114d6d
-_DERIVED = dict(
-    alphas_cumprod_prev=lambda s: s._full.table.ᾱ_next,
-    alphas_cumprod_next=lambda s: torch.cat([s.alphas_cumprod[1:], torch.zeros(1, dtype=torch.float64)]),
-    sqrt_alphas_cumprod=lambda s: s.alphas_cumprod.sqrt(),
-    sqrt_one_minus_alphas_cumprod=lambda s: (1 - s.alphas_cumprod).sqrt(),
-    log_one_minus_alphas_cumprod=lambda s: (1 - s.alphas_cumprod).log(),
-    sqrt_recip_alphas_cumprod=lambda s: s.alphas_cumprod.rsqrt(),
-    sqrt_recipm1_alphas_cumprod=lambda s: (1 / s.alphas_cumprod - 1).sqrt(),
-    posterior_variance=lambda s: s._full.table.variance,
-    posterior_log_variance_clipped=lambda s: s._full.table.log_variance,
-    posterior_mean_coef1=lambda s: s._full.table.coef_x0,
-    posterior_mean_coef2=lambda s: s._full.table.coef_x)
-for _name, _value in _DERIVED.items(): setattr(Schedule, _name, property(_value))
+_DERIVED = {  # name → what it is, and how it follows; each (T,), float64
+    'alphas_cumprod_prev': ('ᾱ after the step back; 1 after the last', lambda s: s._full.table.ᾱ_next),
+    'alphas_cumprod_next': ('ᾱ one noising later; 0 after the last', lambda s: torch.cat([s.alphas_cumprod[1:],
+                                                                                      torch.zeros(1).double()])),
+    'sqrt_alphas_cumprod': ('√ᾱ', lambda s: s.alphas_cumprod.sqrt()),
+    'sqrt_one_minus_alphas_cumprod': ('√(1−ᾱ)', lambda s: (1 - s.alphas_cumprod).sqrt()),
+    'log_one_minus_alphas_cumprod': ('log(1−ᾱ)', lambda s: (1 - s.alphas_cumprod).log()),
+    'sqrt_recip_alphas_cumprod': ('1/√ᾱ', lambda s: s.alphas_cumprod.rsqrt()),
+    'sqrt_recipm1_alphas_cumprod': ('√(1/ᾱ−1)', lambda s: (1 / s.alphas_cumprod - 1).sqrt()),
+    'posterior_variance': ('β̃ (DDPM eq. 7)', lambda s: s._full.table.variance),
+    'posterior_log_variance_clipped': ('log β̃, with the floor', lambda s: s._full.table.log_variance),
+    'posterior_mean_coef1': ('weight of x0 (DDPM eq. 7)', lambda s: s._full.table.coef_x0),
+    'posterior_mean_coef2': ('weight of x_t (DDPM eq. 7)', lambda s: s._full.table.coef_x)}
+for _name, (_what, _value) in _DERIVED.items(): setattr(Schedule, _name, property(_value, doc=_what))
 
 # %% ../nbs/08_ddpm.ipynb #c191199b
 @patch
@@ -690,10 +691,11 @@ ddpm_fashion_small = register(Recipe(
 
 # %% ../nbs/08_ddpm.ipynb #4ad7f13a
 def emoji_data(
-    level: str,  # a budget
+    level: str,           # a budget
+    split: str = 'train', # or 'test': the held-out pairs of concept and style
 ) -> data.ImageSet:
     "Every emoji on a GPU; on a CPU the faces, few enough to be learnt in an hour"
-    pictures = data.emoji('train', size=32)
+    pictures = data.emoji(split, size=32)
     if level == 'gpu': return pictures
     faces = [i for i, c in enumerate(pictures.extra['subcategory']) if c.startswith('face-')]
     return pictures.subset(torch.tensor(faces))

@@ -16,8 +16,11 @@ sys.path.insert(0, str(ROOT / 'scripts'))
 from run_notebooks import code_hash  # noqa: E402
 
 NOTEBOOKS = sorted((ROOT / 'nbs').glob('*.ipynb'))
-LADDER = ['core', 'shapes', 'data', 'train', 'layers', 'metrics', 'ae', 'vae', 'unet', 'ddpm', 'exact', 'zoo', 'cli']
+LADDER = ['core', 'shapes', 'data', 'weights', 'train', 'layers', 'metrics', 'ae', 'vae', 'unet', 'ddpm', 'exact', 'zoo', 'cli']
 MODULES = [m for m in LADDER if (ROOT / 'diffcourse' / f'{m}.py').exists()]
+CELL_LINES, LINE_LENGTH = 25, 120   # of a code cell: lines that are not blank, characters in each
+LONG_CELLS = {'04_vae', '17_metrics'} # pages that are still to be cut to that size; shall become empty
+BARE_METHODS = {'metrics'}           # modules with public methods that still lack their line; shall become empty
 HEAVY = {'matplotlib', 'torchvision', 'accelerate', 'PIL', 'huggingface_hub', 'scipy', 'diffusers', 'IPython', 'fastprogress'}
 
 
@@ -30,6 +33,20 @@ def code_cells(nb): return [c for c in nb.cells if c.cell_type == 'code' and c.s
 def quiet(source):
     "Cells that need not show anything: exports, imports, directives, assertions, plain assignments"
     return bool(re.search(r'#\s*\|\s*(export|hide|default_exp|eval:\s*false)|^\s*(import|from)\s|\bassert|=\s*[^=]', source, re.M))
+
+
+def too_large(nb):
+    "Code cells with too many lines, and lines with too many characters"
+    for c in code_cells(nb):
+        lines = [l for l in c.source.splitlines() if l.strip()]
+        if len(lines) > CELL_LINES: yield f'{c.id}: {len(lines)} lines, {lines[1]}'
+        yield from (f'{c.id}: {len(l)} characters, {l}' for l in lines if len(l) > LINE_LENGTH)
+
+
+def test_size_check_can_fail():
+    cell = lambda text: nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text)])
+    assert len(list(too_large(cell('\n'.join(['x = 1'] * 26 + ['', '']))))) == 1 and len(list(too_large(cell('#' * 121)))) == 1
+    assert not list(too_large(cell('\n\n'.join(['#' * 120] * 25))))
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
@@ -51,10 +68,13 @@ class TestNotebook:
     def test_size_and_formats(self, path):
         assert path.stat().st_size <= 1_000_000, f'{path.name}: {path.stat().st_size / 1e6:.2f} MB'
         for c in code_cells(read(path)):
-            limit = 75 if re.search(r'^class ', c.source, re.M) else 40  # a class is one cell
-            assert len([l for l in c.source.splitlines() if l.strip()]) <= limit, f'a cell of {path.name} is too long:\n{c.source[:200]}'
             for o in c.outputs:
                 assert 'image/svg+xml' not in o.get('data', {}), 'PNG or JPEG, not SVG'
+
+    def test_cells_of_a_screen(self, path):
+        if path.stem in LONG_CELLS: pytest.skip('still to be cut')
+        found = list(too_large(read(path)))
+        assert not found, '\n'.join(found)
 
     def test_shape_of_the_page(self, path):
         cells = read(path).cells
@@ -137,21 +157,51 @@ def test_importing_ddpm_is_cheap():
     assert min(times) <= 0.3, times
 
 
-@pytest.mark.parametrize('module', MODULES)
-def test_every_exported_name_is_documented(module):
+def own_members(cls):
+    "Public methods and properties that a class defines itself"
+    for k, v in vars(cls).items():
+        f = v.__func__ if isinstance(v, (classmethod, staticmethod)) else v
+        if (inspect.isfunction(f) or isinstance(f, property)) and not k.startswith('_'): yield k, f
+
+
+def undocumented(m):
+    "Exported functions, classes, their public methods and properties without a line of their own, and arguments without a comment"
     from fastcore.docments import docments
-    m, missing = importlib.import_module(f'diffcourse.{module}'), []
     for name in getattr(m, '__all__', []):
         o = getattr(m, name)
         if not (inspect.isclass(o) or inspect.isfunction(o)) or o.__module__ != m.__name__ or o.__name__ != name: continue
-        if not (o.__doc__ or '').strip() or (inspect.isclass(o) and o.__doc__.startswith(f'{name}(')): missing.append(name)
-        if inspect.isfunction(o) and module != 'cli':  # there typer's help documents the arguments
+        if not (o.__doc__ or '').strip() or (inspect.isclass(o) and o.__doc__.startswith(f'{name}(')): yield name
+        if inspect.isfunction(o) and not m.__name__.endswith('.cli'):  # there typer's help documents the arguments
             docs, kinds = docments(o, full=False), {k: p.kind for k, p in inspect.signature(o).parameters.items()}
-            missing += [f'{name}({a})' for a, k in kinds.items() if not docs.get(a) and k != inspect.Parameter.VAR_KEYWORD and not a.startswith('_')]
-        elif inspect.isclass(o):
-            for k, f in vars(o).items():
-                if inspect.isfunction(f) and not k.startswith('_') and not inspect.getdoc(getattr(o, k)): missing.append(f'{name}.{k}')
+            yield from (f'{name}({a})' for a, k in kinds.items()
+                        if not docs.get(a) and k != inspect.Parameter.VAR_KEYWORD and not a.startswith('_'))
+        elif inspect.isclass(o): yield from (f'{name}.{k}' for k, f in own_members(o) if not (f.__doc__ or '').strip())
+
+
+@pytest.mark.parametrize('module', MODULES)
+def test_every_exported_name_is_documented(module):
+    missing = list(undocumented(importlib.import_module(f'diffcourse.{module}')))
+    if module in BARE_METHODS: missing = [m for m in missing if '.' not in m]
     assert not missing, missing
+
+
+def test_documentation_check_can_fail(tmp_path, monkeypatch):
+    (tmp_path / 'barely.py').write_text("""__all__ = ['Bare', 'f']
+class Bare:
+    "A class"
+    def forward(self): pass
+    @property
+    def size(self): return 1
+    @classmethod
+    def make(cls): pass
+    def _private(self): pass
+def f(
+    a,
+    b,  # the only argument with a comment
+): "A function"
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert set(undocumented(importlib.import_module('barely'))) == {'Bare.forward', 'Bare.size', 'Bare.make', 'f(a)'}
 
 
 def test_export_and_clean_leave_no_diff(tmp_path):

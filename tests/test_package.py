@@ -93,19 +93,69 @@ WRONG = [(['sample', 'ddpm_cats'], 'ddpm_cats'), (['train', 'ddpm_cats'], 'ddpm_
          (['train', 'ddpm_fashion_small', '--budget', 'huge'], 'huge'), (['data', 'get', 'imagenet'], 'imagenet'),
          (['sample', 'ddpm_fashion', '--weights', 'nowhere.safetensors'], 'nowhere.safetensors'), (['sample', 'ddpm_fashion', '--device', 'abacus'], 'abacus'),
          (['reconstruct', 'ae_fashion', 'no-such-set'], 'no-such-set'), (['train', 'ddpm_fashion_small', '--data', 'no-such-folder'], 'no-such-folder'),
+         (['train', 'ddpm_fashion_small', '--dtype', 'int7'], 'int7'), (['demo', '--seconds', '0'], 'seconds'), (['data', 'verify', 'dogs'], 'dogs'),
+         (['reconstruct', 'ae_fashion', 'emoji'], '(3, 64, 64)'), (['reconstruct', 'ddpm_fashion', 'fashion_mnist'], 'does not reconstruct'),
+         (['sample', 'ddpm_fashion', '--weights', 'bomb.pt'], 'mkdir'), (['sample', 'vae_fashion', '--weights', 'other.pt'], 'another architecture'),
+         (['reconstruct', 'ae_fashion', 'empty'], 'no pictures'), (['reconstruct', 'ae_fashion', 'corrupt'], 'a.png'),
          (['sample'], 'recipe'), (['frobnicate'], 'frobnicate')]
 
 
+class Bomb:
+    "Makes a folder when it is unpickled"
+    def __reduce__(self): return os.mkdir, ('exploded',)
+
+
+@pytest.fixture
+def traps(tmp_path):
+    "Bad input of several kinds"
+    import torch
+    torch.save({'weight': Bomb()}, tmp_path / 'bomb.pt')
+    torch.save({'weight': torch.zeros(3)}, tmp_path / 'other.pt')
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'corrupt').mkdir()
+    (tmp_path / 'corrupt/a.png').write_text('no picture')
+
+
 @pytest.mark.parametrize('args, names', WRONG, ids=lambda v: ' '.join(v) if isinstance(v, list) else None)
-def test_a_users_mistake_is_one_clear_line(args, names, site, tmp_path):
+def test_a_users_mistake_is_one_clear_line(args, names, site, traps, tmp_path):
     done = cli(*args, site=site, cwd=tmp_path, check=False)
     assert done.returncode == 2 and 'Traceback' not in done.stderr and names in done.stderr, done.stderr
+    assert not (tmp_path / 'exploded').exists() and not list(tmp_path.glob('*.png'))
+
+
+def test_two_processes_write_one_result(site, tmp_path):
+    "Under torchrun the ranks share the work; one of them writes and speaks"
+    done = run(['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '-m', 'diffcourse.cli', 'train', 'ddpm_fashion_small',
+                '--budget', 'smoke', '--steps', '3', '--batch-size', '4'], site, tmp_path, ACCELERATE_USE_CPU='1', OMP_NUM_THREADS='1')
+    assert done.stdout.count('written to') == 1, done.stdout
+    card = json.loads((tmp_path / 'runs/ddpm_fashion_small/ddpm_fashion_small.json').read_text())
+    assert card['processes'] == 2 and card['steps'] == 3
+
+
+def test_doctor_says_what_needs_attention(site, tmp_path):
+    (tmp_path / 'file').write_text('in the way')
+    done = cli('doctor', site=site, cwd=tmp_path, check=False, DIFFCOURSE_HOME=str(tmp_path / 'file'))
+    assert done.returncode == 1 and '✗' in done.stdout and 'set DIFFCOURSE_HOME' in done.stdout
+    assert cli('doctor', site=site, cwd=tmp_path, check=False).returncode == 0
 
 
 def test_an_unwritable_place_is_named(site, tmp_path):
     (tmp_path / 'file').write_text('in the way')
     done = cli('sample', 'vae_fashion', '-n', '1', '--out', 'file/x.png', site=site, cwd=tmp_path, check=False)
     assert done.returncode in (1, 2) and 'Traceback' not in done.stderr and 'file' in done.stderr
+
+
+@pytest.mark.parametrize('args', [['notebooks', 'file'], ['demo', '--out', 'file'], ['sample', 'vae_fashion', '-n', '1', '--out', '.']])
+def test_a_file_in_the_way_is_named(args, site, tmp_path):
+    (tmp_path / 'file').write_text('in the way')
+    done = cli(*args, site=site, cwd=tmp_path, check=False)
+    assert done.returncode in (1, 2) and 'Traceback' not in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_demo_from_the_wheel(site, tmp_path):
+    done = cli('demo', '--seconds', '2', '--no-notebook', site=site, cwd=tmp_path)
+    assert all((tmp_path / 'demo' / f).stat().st_size > 2000 for f in ('ladder.png', 'trained_here.png', 'ddpm_fashion_small.safetensors'))
+    for word in ('chapter', 'seconds', 'loss', 'DDPM, trained here', 'ddpm_fashion, shipped', 'intact', 'Next:'): assert word in done.stdout, done.stdout
 
 
 def test_damaged_weights_are_refused(site, tmp_path):
