@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['attention', 'timestep_embedding', 'group_norm', 'Downsample', 'Upsample', 'zero_init', 'official_names',
-           'official_schema', 'layout', 'layout_differences', 'load_strict', 'read_official', 'recognise']
+           'official_schema', 'read_official', 'recognise']
 
 # %% ../nbs/02a_layers.ipynb #5cd9be24
 import json
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import CourseError, asset, require
+from .weights import layout, layout_differences, load_strict, load_tensors
 
 # %% ../nbs/02a_layers.ipynb #a76b167b
 def attention(
@@ -129,71 +130,13 @@ def official_schema(
                           f'known: {", ".join(family or official_names()[::9])} …')
     return schema
 
-# %% ../nbs/02a_layers.ipynb #a3831621
-def layout(
-    x,      # a module, or a dict of tensors or of shapes
-) -> dict:  # key → tuple
-    "The name and shape of every tensor"
-    if isinstance(x, nn.Module): x = x.state_dict()
-    return {k: tuple(v.shape if hasattr(v, 'shape') else v) for k, v in x.items()}
-
-def layout_differences(
-    have,            # a module, or a dict of tensors or shapes
-    want,            # likewise
-    first: int = 3,  # how many of each kind to list
-) -> str:            # empty when the layouts agree
-    "What distinguishes two layouts, in words"
-    have, want = layout(have), layout(want)
-    kinds = {'missing': [k for k in want if k not in have], 'unknown': [k for k in have if k not in want],
-             'other shape': [f'{k} is {have[k]}, expected {want[k]}' for k in want if k in have and have[k] != want[k]]}
-    more = lambda items: f' and {len(items) - first} more' if len(items) > first else ''
-    return '; '.join(f'{what}: {", ".join(items[:first])}{more(items)}' for what, items in kinds.items() if items)
-
-# %% ../nbs/02a_layers.ipynb #b7c104ce
-def load_strict(
-    model: nn.Module,         # receives the numbers
-    state: dict,              # key → tensor
-    where: str = 'the file',  # for the message: where the numbers come from
-) -> nn.Module:               # the same model
-    "Load every tensor or none; raises `CourseError` naming the first keys that differ"
-    differences = layout_differences(state, model)
-    require(not differences, f'{where} holds another architecture. {differences}')
-    model.load_state_dict(state, strict=True)
-    return model
-
-# %% ../nbs/02a_layers.ipynb #19c2528c
-def _unwrap(state, ema: bool):
-    "The dictionary of tensors inside a checkpoint, without `module.` prefixes"
-    tensors = lambda d: isinstance(d, dict) and len(d) > 0 and all(isinstance(v, Tensor) for v in d.values())
-    if isinstance(state, (list, tuple)):
-        found = [d for d in state if tensors(d)]
-        require(len(found) > 0, 'the checkpoint is a list without a dictionary of tensors')
-        return _unwrap(found[-1] if ema else found[0], ema)
-    if not tensors(state):
-        names = ['ema', 'state_dict', 'model'] if ema else ['state_dict', 'model']
-        inner = [state[k] for k in names if tensors(state.get(k))]
-        require(len(inner) > 0, f'no tensors in the checkpoint; it holds {", ".join(map(str, list(state)[:5]))}')
-        state = inner[0]
-    return {k.removeprefix('module.'): v for k, v in state.items()}
-
 # %% ../nbs/02a_layers.ipynb #a369a5e2
 def read_official(
-    path: str | Path,  # .safetensors, or a file of torch.save that holds tensors only
+    path: str | Path,  # of a released file, in any form that `load_tensors` reads
     ema: bool = True,  # take the moving average where the file has both
 ) -> dict:             # key → tensor, on the CPU
     "Read a released checkpoint; nothing in it is executed"
-    path = Path(path)
-    require(path.exists(), f'{path} does not exist')
-    try:
-        if path.suffix == '.safetensors':
-            from safetensors.torch import load_file
-            return _unwrap(load_file(path), ema)
-        state = torch.load(path, map_location='cpu', weights_only=True)
-    except CourseError: raise
-    except Exception as e:
-        raise CourseError(f'{path} cannot be read as a file of tensors ({type(e).__name__}): is it complete, '
-                          'and is it the weights file?') from e
-    return _unwrap(state, ema)
+    return load_tensors(path, ema=ema)
 
 # %% ../nbs/02a_layers.ipynb #34044d09
 def recognise(

@@ -16,8 +16,9 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .core import atomic_write, require
-from .layers import (Downsample, Upsample, attention, group_norm, layout_differences, load_strict,
-                               official_schema, read_official, timestep_embedding, zero_init)
+from .layers import (Downsample, Upsample, attention, group_norm, official_schema, read_official,
+                               timestep_embedding, zero_init)
+from .weights import layout_differences, load_strict
 
 # %% ../nbs/07b_unet.ipynb #76f08c1d
 class TimeMLP(nn.Module):
