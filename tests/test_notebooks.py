@@ -18,6 +18,8 @@ from run_notebooks import code_hash  # noqa: E402
 NOTEBOOKS = sorted((ROOT / 'nbs').glob('*.ipynb'))
 LADDER = ['core', 'shapes', 'data', 'train', 'layers', 'metrics', 'ae', 'vae', 'unet', 'ddpm', 'exact', 'zoo', 'cli']
 MODULES = [m for m in LADDER if (ROOT / 'diffcourse' / f'{m}.py').exists()]
+FINE = {'00_core', '00a_shapes', '01_data', '03_ae', '04_vae'}  # pages whose cells all have at most 25 lines of 120 characters
+FULLY_DOCUMENTED = {'core', 'shapes', 'data', 'ae', 'vae'}      # modules whose public methods document their arguments too
 HEAVY = {'matplotlib', 'torchvision', 'accelerate', 'PIL', 'huggingface_hub', 'scipy', 'diffusers', 'IPython', 'fastprogress'}
 
 
@@ -51,8 +53,9 @@ class TestNotebook:
     def test_size_and_formats(self, path):
         assert path.stat().st_size <= 1_000_000, f'{path.name}: {path.stat().st_size / 1e6:.2f} MB'
         for c in code_cells(read(path)):
-            limit = 75 if re.search(r'^class ', c.source, re.M) else 40  # a class is one cell
+            limit = 25 if path.stem in FINE else 75 if re.search(r'^class ', c.source, re.M) else 40  # a class is one cell
             assert len([l for l in c.source.splitlines() if l.strip()]) <= limit, f'a cell of {path.name} is too long:\n{c.source[:200]}'
+            if path.stem in FINE: assert max(map(len, c.source.splitlines())) <= 120, f'a line of {path.name} is too long:\n{c.source[:200]}'
             for o in c.outputs:
                 assert 'image/svg+xml' not in o.get('data', {}), 'PNG or JPEG, not SVG'
 
@@ -151,7 +154,19 @@ def test_every_exported_name_is_documented(module):
         elif inspect.isclass(o):
             for k, f in vars(o).items():
                 if inspect.isfunction(f) and not k.startswith('_') and not inspect.getdoc(getattr(o, k)): missing.append(f'{name}.{k}')
+            if module in FULLY_DOCUMENTED: missing += undocumented_arguments(name, o)
     assert not missing, missing
+
+
+def undocumented_arguments(name, cls):
+    "Arguments of public methods, and of the constructor, that no comment explains"
+    from fastcore.docments import docments
+    for k, f in vars(cls).items():
+        f = getattr(f, '__func__', f)
+        if not inspect.isfunction(f) or (k.startswith('_') and k not in ('__init__', '__call__')): continue
+        f = cls if k == '__init__' and '__dataclass_fields__' in vars(cls) else f
+        docs = docments(f, full=False)
+        yield from (f'{name}.{k}({a})' for a in inspect.signature(f).parameters if a not in ('self', 'cls') and not docs.get(a))
 
 
 def test_export_and_clean_leave_no_diff(tmp_path):
