@@ -156,7 +156,7 @@ class Prepared:
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.params, s.lr, s.betas, weight_decay=s.weight_decay, fused=True)
         self.ema = EMA(model, s.ema, s.ema_warmup) if s.ema else None
-        self.step, self.seconds, self.losses, self.extras = 0, 0., [], {}
+        self.step, self.seconds, self.cpu_seconds, self.losses, self.extras = 0, 0., 0., [], {}
 
     def _batches(self, data): return whole_run(data, self.settings, self.device, self.rank, self.world)
 
@@ -364,8 +364,8 @@ def _write(self: Keeper) -> None:
     if self.rank == 0:
         bad = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
         require(not bad, f'{bad[:1]} is not finite: the last good checkpoint is kept')
-        write_tensors(self.checkpoint, state, {'step': self.step, 'seconds': self.seconds, 'data': self.identity,
-                                               'settings': asdict(self.settings)})
+        about = {'step': self.step, 'seconds': self.seconds, 'cpu_seconds': self.cpu_seconds}
+        write_tensors(self.checkpoint, state, about | {'data': self.identity, 'settings': asdict(self.settings)})
     self.accelerator.wait_for_everyone()
 
 # %% ../nbs/02_train.ipynb #ccfa23b3
@@ -384,6 +384,7 @@ class Resumer(Keeper):
         if self.ema: self.ema.n = about['step']
         self.extras = {k: v.tolist() for k, v in part('curve').items()}
         self.losses, self.step, self.seconds = self.extras.pop('loss'), about['step'], about['seconds']
+        self.cpu_seconds = about.get('cpu_seconds', 0.)
         return self
 
 # %% ../nbs/02_train.ipynb #09485934
@@ -505,9 +506,10 @@ def fit(self: Trainer) -> Trainer:
         self._refuse_to_overwrite()
         self.objective.train()
         for _ in progress_of(range(self.step, s.steps), self.losses, show):
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             stop = self.update(asked)
             self.seconds += time.perf_counter() - start
+            self.cpu_seconds += time.process_time() - cpu
             if self.folder and (stop or self.step % self.save_every == 0 or self.step == s.steps): self._write()
             if stop: break
         else: return self
@@ -532,8 +534,8 @@ def run_card(
     "Device, seconds, steps, speed, memory, loss, size, settings and data of a run"
     s, last = t.settings, t.losses[-100:]
     return {'device': device_name(t.device), 'torch': torch.__version__, 'seconds': round(t.seconds, 2),
-            'steps': t.step, 'processes': t.world, 'sharded': t.sharded, 'bf16': t.bf16,
-            'peak_memory': peak_memory(t.device),
+            'cpu_seconds': round(t.cpu_seconds, 2), 'steps': t.step, 'processes': t.world, 'sharded': t.sharded,
+            'bf16': t.bf16, 'peak_memory': peak_memory(t.device),
             'images_per_second': round(t.step * s.batch_size / t.seconds, 1) if t.seconds else None,
             'loss': sum(last) / len(last) if last else None, 'seed': s.seed,
             'parameters': sum(p.numel() for p in t.model.parameters()),
