@@ -361,7 +361,7 @@ class Denoiser:
     schedule: Schedule                # the noise levels it was trained on
     parameterization: str = 'eps'     # what raw is: one of `PARAMETERIZATIONS`
     variance: str = 'fixed_small'     # one of `VARIANCES`; the learned ones take twice the channels in raw
-    guidance: Guidance = field(default_factory=Guidance)
+    guidance: Guidance = field(default_factory=Guidance)  # hooks that steer sampling
 
     def __post_init__(self):
         for name, legal in (('parameterization', PARAMETERIZATIONS), ('variance', VARIANCES)):

@@ -79,8 +79,10 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, out_channels or channels, 3, 2,
                               int(padding == 'symmetric')) if with_conv else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        "(B, C, H, W) → (B, C, H/2, W/2)"
+    def forward(self,
+        x: Tensor,  # (B, C, H, W)
+    ) -> Tensor:    # (B, C, H/2, W/2)
+        "Half the size"
         if self.conv is None: return F.avg_pool2d(x, 2)
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.padding == 'bottom_right' else x)
 
@@ -95,8 +97,10 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, out_channels or channels, 3, padding=1) if with_conv else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        "(B, C, H, W) → (B, C, 2H, 2W)"
+    def forward(self,
+        x: Tensor,  # (B, C, H, W)
+    ) -> Tensor:    # (B, C, 2H, 2W)
+        "Double the size"
         x = F.interpolate(x, scale_factor=2., mode='nearest')
         return x if self.conv is None else self.conv(x)
 

@@ -50,20 +50,27 @@ class EMA:
         self.names = {k for k, v in model.named_parameters() if v.is_floating_point()}
         self.shadow = {k: v.detach().clone() for k, v in model.state_dict().items()}
 
-    def decay_at(self, n: int) -> float:
-        "The decay of update number `n`, counted from 1"
+    def decay_at(self,
+        n: int,  # number of an update, counted from 1
+    ) -> float:
+        "The decay of an update"
         return min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
 
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        "Move the average towards the model's present weights"
-        self.n += 1
-        new = model.state_dict()
-        old, now = zip(*((self.shadow[k], new[k]) for k in new if k in self.names))
-        torch._foreach_lerp_(old, now, 1 - self.decay_at(self.n))
-        for k in new.keys() - self.names: self.shadow[k].copy_(new[k])
 
 # %% ../nbs/02_train.ipynb #92bda9f8
+@patch
+@torch.no_grad()
+def update(
+    self: EMA,
+    model: nn.Module,  # after a step
+) -> None:
+    "Move the average towards the model's present weights"
+    self.n += 1
+    new = model.state_dict()
+    old, now = zip(*((self.shadow[k], new[k]) for k in new if k in self.names))
+    torch._foreach_lerp_(old, now, 1 - self.decay_at(self.n))
+    for k in new.keys() - self.names: self.shadow[k].copy_(new[k])
+
 @patch
 def copy_to(
     self: EMA,
@@ -113,11 +120,17 @@ def same_chance(
 # %% ../nbs/02_train.ipynb #912b76a1
 class Objective(nn.Module):
     "A model and its loss as one module, so that DDP sees the forward pass whatever method of the model the loss calls"
-    def __init__(self, model: nn.Module, loss):
+    def __init__(self,
+        model: nn.Module,  # what to train
+        loss,              # function (model, batch, draws) → loss, or (loss, dict of other numbers)
+    ):
         super().__init__()
         self.model, self.compute = model, lambda *a: loss(*a)
 
-    def forward(self, batch: dict, draws: Draws) -> tuple[Tensor, dict]:
+    def forward(self,
+        batch: dict,   # tensors, on the model's device
+        draws: Draws,  # the step's random numbers
+    ) -> tuple[Tensor, dict]:
         "The loss, and a dict of other numbers worth a curve"
         out = self.compute(self.model, batch, draws)
         loss, extra = out if isinstance(out, tuple) else (out, {})
@@ -140,25 +153,46 @@ def whole_run(
 # %% ../nbs/02_train.ipynb #6704e72b
 class Prepared:
     "A model made ready to train: device, layout, batches, optimiser, average and processes"
-    def __init__(self, model, loss, data, device=None, bf16=None, compile=False, channels_last=None, **settings):
+    def __init__(self,
+        model: nn.Module,                  # what to train
+        loss,                              # as for `Objective`
+        data,                              # as for `whole_run`
+        device: str | None = None,         # default: the best present
+        bf16: bool | None = None,          # bfloat16 in the forward pass? default: where the hardware has it
+        compile: bool = False,             # compile the forward pass?
+        channels_last: bool | None = None, # NHWC layout? default: on CUDA
+        **settings,                        # see `Settings`
+    ):
         require(isinstance(model, nn.Module), f'model must be a torch module, got {type(model).__name__}')
-        s = self.settings = Settings(**settings)
-        self.accelerator = a = _accelerator()
-        self.rank, self.world = a.process_index, a.num_processes
-        require(s.batch_size % self.world == 0, f'batch_size {s.batch_size} does not divide by {self.world} processes')
-        self.device = a.device if self.world > 1 else default_device(device)
-        self.bf16 = fast_bf16(self.device.type) if bf16 is None else bf16
-        self.model, self.data, self.batches = model.to(self.device), data, self._batches(data)
-        self.layout = self._layout(channels_last)
-        for p in model.parameters(): p.data = _laid_out(p.data, self.layout)
+        self.settings, self.model, self.data = Settings(**settings), model, data
+        self._place(device, bf16, channels_last)
         if compile: model.compile()
-        self.objective = self._among_processes(Objective(model, loss))
-        self.params = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.params, s.lr, s.betas, weight_decay=s.weight_decay, fused=True)
-        self.ema = EMA(model, s.ema, s.ema_warmup) if s.ema else None
+        self._equip(loss)
         self.step, self.seconds, self.cpu_seconds, self.losses, self.extras = 0, 0., 0., [], {}
 
     def _batches(self, data): return whole_run(data, self.settings, self.device, self.rank, self.world)
+
+# %% ../nbs/02_train.ipynb #11c44c2a
+@patch
+def _place(self: Prepared, device, bf16, channels_last) -> None:
+    "Processes, device, precision and layout; the model and the batches go there"
+    self.accelerator = a = _accelerator()
+    self.rank, self.world, n = a.process_index, a.num_processes, self.settings.batch_size
+    require(n % self.world == 0, f'batch_size {n} does not divide by {self.world} processes')
+    self.device = a.device if self.world > 1 else default_device(device)
+    self.bf16 = fast_bf16(self.device.type) if bf16 is None else bf16
+    self.layout, self.batches = self._layout(channels_last), self._batches(self.data)
+    self.model.to(self.device)
+    for p in self.model.parameters(): p.data = _laid_out(p.data, self.layout)
+
+@patch
+def _equip(self: Prepared, loss) -> None:
+    "Objective, optimiser and average"
+    s = self.settings
+    self.objective = self._among_processes(Objective(self.model, loss))
+    self.params = [p for p in self.model.parameters() if p.requires_grad]
+    self.optimizer = torch.optim.AdamW(self.params, s.lr, s.betas, weight_decay=s.weight_decay, fused=True)
+    self.ema = EMA(self.model, s.ema, s.ema_warmup) if s.ema else None
 
 # %% ../nbs/02_train.ipynb #16cb21de
 @patch
@@ -194,8 +228,10 @@ def _cut_like(v: Tensor, other: Tensor) -> Tensor:
 # %% ../nbs/02_train.ipynb #88dd7444
 class Stepper(Prepared):
     "One update after another: forward, backward, clip, look, apply, average"
-    def update(self, asked=()) -> bool:
-        "Do one step; True if some process was `asked` to stop. Weights stay if loss or gradient is not finite"
+    def update(self,
+        asked: list = (),  # not empty: somebody wants to stop
+    ) -> bool:             # does any process want to stop?
+        "Do one step; the weights stay as they are if the loss or the gradient is not finite"
         s, step = self.settings, self.step
         batch = {k: _laid_out(v, self.layout) for k, v in self.batches(step).items()}
         draws = Draws(s.seed, step, self.device, self.rank, self.world)
@@ -330,7 +366,13 @@ def check_belongs(
 # %% ../nbs/02_train.ipynb #c6895420
 class Keeper(Stepper):
     "A stepper whose whole state fits in one file"
-    def __init__(self, model, loss, data, folder=None, **how):
+    def __init__(self,
+        model: nn.Module,                 # as for `Prepared`
+        loss,                             # likewise
+        data,                             # likewise
+        folder: str | Path | None = None, # where the file goes; None: nowhere
+        **how,                            # everything else that `Prepared` takes
+    ):
         super().__init__(model, loss, data, **how)
         self.folder, self.identity = Path(folder) if folder else None, data_identity(data)
 
@@ -371,7 +413,9 @@ def _write(self: Keeper) -> None:
 # %% ../nbs/02_train.ipynb #ccfa23b3
 class Resumer(Keeper):
     "A keeper that takes up where a checkpoint left off"
-    def resume(self, missing_ok: bool = False):
+    def resume(self,
+        missing_ok: bool = False,  # start afresh where there is no checkpoint?
+    ) -> 'Resumer':
         "Take up the folder's checkpoint: the steps that follow are, bit for bit, those of a run never interrupted"
         if missing_ok and not self.checkpoint.exists(): return self
         state, about = read_tensors(self.checkpoint)

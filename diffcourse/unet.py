@@ -30,8 +30,10 @@ class TimeMLP(nn.Module):
         self.channels = channels
         self.dense = nn.ModuleList([nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, 4 * channels)])
 
-    def forward(self, t: Tensor) -> Tensor:
-        "Timesteps (B,) → time vectors (B, 4 · channels)"
+    def forward(self,
+        t: Tensor,  # timesteps, (B,): integers or floats
+    ) -> Tensor:    # time vectors, (B, 4 · channels)
+        "Sines and cosines, then two linear layers"
         γ = timestep_embedding(t, self.channels, order='sin_cos').to(self.dense[0].weight.dtype)
         return self.dense[1](F.silu(self.dense[0](γ)))
 
@@ -55,12 +57,18 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels: self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        "Pictures (B, in_channels, H, W) and time vectors → (B, out_channels, H, W)"
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.temb_proj(F.silu(time))[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return (self.nin_shortcut(x) if hasattr(self, 'nin_shortcut') else x) + h
+# %% ../nbs/07b_unet.ipynb #5e6df632
+@patch
+def forward(
+    self: ResBlock,
+    x: Tensor,     # (B, in_channels, H, W)
+    time: Tensor,  # time vectors, (B, time_channels)
+) -> Tensor:       # (B, out_channels, H, W)
+    "The input, carried over, plus what two convolutions add to it"
+    h = self.conv1(F.silu(self.norm1(x)))
+    h = h + self.temb_proj(F.silu(time))[:, :, None, None]
+    h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+    return (self.nin_shortcut(x) if hasattr(self, 'nin_shortcut') else x) + h
 
 # %% ../nbs/07b_unet.ipynb #220a1b99
 def _pointwise(layer: nn.Conv2d, x: Tensor) -> Tensor:
@@ -78,8 +86,10 @@ class AttentionBlock(nn.Module):
         self.norm = group_norm(channels, eps, groups)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
-    def forward(self, x: Tensor) -> Tensor:
-        "(B, C, H, W) → the same shape"
+    def forward(self,
+        x: Tensor,  # (B, C, H, W)
+    ) -> Tensor:    # the same shape
+        "The input, plus what each pixel learned from the others"
         tokens = self.norm(x).flatten(2).transpose(1, 2)                              # (B, H·W, C)
         q, k, v = (_pointwise(layer, tokens) for layer in (self.q, self.k, self.v))
         out = _pointwise(self.proj_out, attention(q, k, v))

@@ -12,6 +12,7 @@ import hashlib, io, json, os, pickle, struct, warnings, zipfile
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -184,15 +185,24 @@ class Stub:
     def __setitem__(self, key, value): self.state[key] = value
     def __repr__(self): return f'<{self.about}>'
 
-    def append(self, item) -> None:
-        "Keep it"
-        self.items.append(item)
+# %% ../nbs/01a_weights.ipynb #c30386a2
+@patch
+def append(
+    self: Stub,
+    item,  # anything
+) -> None:
+    "Keep it"
+    self.items.append(item)
 
-    def extend(self, items) -> None:
-        "Keep them"
-        self.items.extend(items)
+@patch
+def extend(
+    self: Stub,
+    items,  # anything
+) -> None:
+    "Keep them"
+    self.items.extend(items)
 
-    add = append
+Stub.add = Stub.append
 
 # %% ../nbs/01a_weights.ipynb #8c661fe1
 class _Known:

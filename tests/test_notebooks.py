@@ -198,7 +198,9 @@ def undocumented_arguments(m):
             if not inspect.isfunction(f) or (k.startswith('_') and k not in ('__init__', '__call__')): continue
             f = cls if k == '__init__' and '__dataclass_fields__' in vars(cls) else f
             docs = docments(f, full=False)
-            missing += [f'{name}.{k}({a})' for a in inspect.signature(f).parameters if a not in ('self', 'cls') and not docs.get(a)]
+            many = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)   # docments cannot see their comments
+            missing += [f'{name}.{k}({a})' for a, p in inspect.signature(f).parameters.items()
+                        if a not in ('self', 'cls') and p.kind not in many and not docs.get(a)]
     return missing
 
 
