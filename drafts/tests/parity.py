@@ -1,0 +1,745 @@
+"""Compare this package with the official implementations: inputs and outputs of their code, kept in golden files.
+
+    python -m tests.parity [DIR] [--only GLOB] [--full] [--json FILE] [--schemas DIR]
+
+A golden is NAME.json (configuration, tolerances, where it comes from) beside NAME.safetensors (`weights/…`, `in/…`,
+    `out/…`).
+Everything is built from the json's configuration and the tensors' names; nothing here knows a size, a seed or a step count.
+A new family is one function below: it takes a `Golden` and returns `{output name: tensor}`, leaving out what is not implemented.
+"""
+import argparse
+import ast
+import json
+import math
+import re
+import resource
+import subprocess
+import sys
+import time
+import zlib
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from diffcourse import adm, ddim, ddpm, iddpm, inception, layers, metrics, openai_unet, scores, train, unet
+from diffcourse.core import CourseError, require
+
+HERE = Path(__file__).resolve().parent
+FAMILIES = {}   # glob of golden names → function
+
+
+def family(*patterns):
+    "Register a checker for the goldens whose name matches"
+    def put(f):
+        FAMILIES.update(dict.fromkeys(patterns, f))
+        return f
+    return put
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+@dataclass
+class Golden:
+    "One golden file"
+    path: Path                      # of the json
+    schemas: Path | None = None     # a folder of schemas; default: the copy in the package
+    info: dict = field(init=False)  # the json
+
+    def __post_init__(self): self.info = json.loads(self.path.read_text(encoding='utf-8'))
+
+    @property
+    def name(self) -> str: return self.info.get('name', self.path.stem)
+
+    @cached_property
+    def tensors(self) -> dict: return load_file(self.path.with_suffix('.safetensors'))
+
+    def group(self, prefix: str) -> dict:
+        "The tensors below a prefix, without it"
+        return {k[len(prefix):]: v for k, v in self.tensors.items() if k.startswith(prefix)}
+
+    @cached_property
+    def inputs(self) -> dict: return self.group('in/')
+
+    @cached_property
+    def outputs(self) -> dict: return {k.replace('out/', '', 1): v for k,
+                                       v in self.tensors.items() if k.startswith('out/') or '/out/' in k}
+
+    @property
+    def config(self) -> dict:
+        "The json's configuration; a full-size golden takes its schema's"
+        return self.info['config'] if 'config' in self.info else self.schema()['config']
+
+    def schema(self, i: int = 0) -> dict:
+        "The layout that the golden names (the i-th, if several)"
+        files = self.info['keys_file']
+        name = Path((files if isinstance(files, list) else [files])[i]).stem
+        if self.schemas is None: return layers.official_schema(name)
+        return json.loads((self.schemas / f'{name}.json').read_text(encoding='utf-8'))
+
+    def weights(self, i: int = 0) -> dict:
+        "The stored weights, or for full-size goldens the ones that follow from key names and shapes"
+        if 'salt' in self.info: return procedural(self.schema(i)['state_dict'], self.info['salt'],
+                                                  self.info.get('gain', 1.))
+        return {k: v.float() if v.is_floating_point() else v for k, v in self.group('weights/').items()}
+
+
+def procedural(
+    shapes: dict,      # key → shape
+    salt: str,         # goes before every key
+    gain: float = 1.,  # of matrices and filters
+) -> dict:             # key → float32 tensor
+    "Weights that follow from names and shapes: a released size can be checked without its file"
+    out = {}
+    for key, shape in shapes.items():
+        if key.endswith('num_batches_tracked'): continue
+        n = math.prod(shape)
+        v = (2 * np.random.RandomState(zlib.crc32((salt + key).encode())).random_sample(n) - 1) * math.sqrt(3)
+        if len(shape) >= 2: v *= gain / math.sqrt(n / shape[0])
+        elif key.endswith('running_var'): v = 1 + .1 * abs(v)
+        elif key.endswith('weight'): v = 1 + .1 * v
+        else: v = .1 * v
+        out[key] = torch.from_numpy(v.astype(np.float32).reshape(shape))
+    return out
+
+
+# -------------------------------------------------------------------------------------------------------------- formulas
+
+FUNCTIONS = dict(sin=torch.sin, cos=torch.cos, tanh=torch.tanh, exp=torch.exp, sqrt=torch.sqrt, abs=torch.abs,
+                 sigmoid=torch.sigmoid, cat=lambda xs, dim=1: torch.cat(list(xs), dim))
+OPERATORS = {ast.Add: lambda a, b: a + b, ast.Sub: lambda a, b: a - b, ast.Mult: lambda a, b: a * b,
+             ast.Div: lambda a, b: a / b, ast.Pow: lambda a, b: a ** b}
+
+
+def formula(
+    text: str,  # prose with one formula in it, such as 'eps(x,t) = 0.6*x + 0.2*sin(t/100)'
+):              # a function (x, t, **named tensors) → Tensor
+    "The formula in a sentence as a function; numbers, named tensors, + - * / ^ and a few functions, nothing else"
+    text = text.replace(' over tokens and channels', '').replace('^', '**').replace('·', '*')
+    starts = [0, *(i + 1 for i, c in enumerate(text) if c in '=:')]
+    found = [tree for tree in (_longest(text[i:].strip()) for i in starts) if tree is not None]
+    require(len(found) > 0, f'no formula in {text!r}')
+    tree = max(found, key=lambda t: len(ast.dump(t)))
+    return lambda x, t=None, **names: _value(tree, dict(x=x, t=_beside(t, x), **names), x)
+
+
+def _longest(text):
+    "The longest prefix that is a formula in x"
+    for end in range(len(text), 0, -1):
+        try: tree = ast.parse(text[:end], mode='eval').body
+        except SyntaxError: continue
+        names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+        if all(map(_legal, ast.walk(tree))) and 'x' in names: return tree
+
+
+def _legal(node):
+    "May this node stand in a formula?"
+    if isinstance(node, ast.Call): return isinstance(node.func, ast.Name) and node.func.id in (*FUNCTIONS, 'mean')
+    return isinstance(node, (ast.BinOp, ast.UnaryOp, ast.USub, ast.UAdd, ast.Name, ast.Load, ast.List, ast.Tuple,
+                             ast.keyword, *OPERATORS)) \
+        or isinstance(node, ast.Constant) and isinstance(node.value, (int, float))
+
+
+def _beside(t, x):
+    "Per-item numbers, shaped to broadcast against x"
+    if t is None: return None
+    t = torch.as_tensor(t)
+    return t.float() if t.ndim == 0 else t.float().reshape(-1, *[1] * (x.ndim - 1))
+
+
+def _value(node, names, x):
+    "Evaluate a checked tree"
+    go = lambda n: _value(n, names, x)
+    if isinstance(node, ast.Constant): return node.value
+    if isinstance(node, ast.Name):
+        require(names.get(node.id) is not None, f'the formula needs {node.id}')
+        return names[node.id]
+    if isinstance(node, (ast.List, ast.Tuple)): return [go(n) for n in node.elts]
+    if isinstance(node, ast.UnaryOp): return -go(node.operand) if isinstance(node.op, ast.USub) else go(node.operand)
+    if isinstance(node, ast.BinOp): return OPERATORS[type(node.op)](go(node.left), go(node.right))
+    arguments, keywords = [go(n) for n in node.args], {k.arg: go(k.value) for k in node.keywords}
+    if node.func.id == 'mean': return _beside(arguments[0].flatten(1).mean(1), x)
+    return FUNCTIONS[node.func.id](*(torch.as_tensor(a) if isinstance(a, (int, float)) and i == 0 else a for i,
+                                     a in enumerate(arguments)), **keywords)
+
+
+# -------------------------------------------------------------------------------------------------------------- families
+
+def schedule(
+    name: str,           # 'linear', 'cosine', …
+    T: int,              # number of levels
+    config: dict = {},   # may hold the first and last β
+):                       # a Schedule, or None where this package has none of that name
+    "A noise schedule by its published name"
+    make = getattr(ddpm.Schedule, name, None)
+    if make is None: return None
+    ends = {ours: config[theirs] for ours, many in dict(start=('beta_start', 'linear_start'),
+                                                        end=('beta_end', 'linear_end')).items()
+            for theirs in many if theirs in config}
+    return make(T, **ends)
+
+
+@family('timestep_embedding')
+def timestep_embedding(g):
+    "Names say it all: [ddpm_]INPUT_dimN[_maxperiodP]"
+    out = {}
+    for name in g.outputs:
+        order = 'sin_cos' if name.startswith('ddpm_') else 'cos_sin'
+        kind, *settings = name.removeprefix('ddpm_').split('_')
+        read = {s.rstrip('0123456789.'): float(s.lstrip('abcdefghijklmnopqrstuvwxyz')) for s in settings}
+        out[name] = layers.timestep_embedding(g.inputs[f't_{kind}'], int(read['dim']), read.get('maxperiod', 10000),
+                                              order=order)
+    return out
+
+
+@family('schedules')
+def schedules(g):
+    "SCHEDULE_T/ARRAY"
+    out, made = {}, {}
+    for name in g.outputs:
+        which, array = name.split('/')
+        kind, T = which.rsplit('_', 1)
+        if which not in made: made[which] = schedule(kind, int(T), g.info.get('config', {}))
+        if made[which] is not None and hasattr(made[which], array): out[name] = getattr(made[which], array)
+    return out
+
+
+@family('diffusion_q')
+def diffusion_q(g):
+    "SCHEDULE/FUNCTION"
+    out, i = {}, g.inputs
+    for kind in g.config.get('schedules') or [g.config['schedule']]:
+        s = schedule(kind, g.config['T'], g.config)
+        if s is None: continue
+        step = s.steps().at(i['t'])
+        mean, variance, log_variance = ddpm.q_mean_variance(i['x_start'], step.ᾱ)
+        post = ddpm.q_posterior_mean_variance(i['x_start'], i['x_t'], step)
+        results = {
+            'q_sample': ddpm.q_sample(i['x_start'], step.ᾱ, i['noise']),
+            'q_mean_variance.mean': mean, 'q_mean_variance.variance': variance, 'q_mean_variance.log_variance': log_variance,
+            'q_posterior.mean': post[0], 'q_posterior.variance': post[1], 'q_posterior.log_variance_clipped': post[2],
+            '_predict_xstart_from_eps': ddpm.x0_from_eps(i['x_t'], i['noise'], step.ᾱ),
+            '_predict_eps_from_xstart': ddpm.eps_from_x0(i['x_t'], i['x_start'], step.ᾱ),
+            '_prior_bpd': ddpm.prior_bpd(i['x_start'], s)}
+        out |= {f'{kind}/{k}': v for k, v in results.items()}
+    return out
+
+
+MEANS = dict(EPSILON='eps', START_X='x0', PREVIOUS_X='previous_x')   # the official names → ours
+
+
+@family('p_mean_variance')
+def p_mean_variance(g):
+    "MEAN.VARIANCE.clip0|1/RESULT"
+    out, i = {}, g.inputs
+    s = schedule(g.config['schedule'], g.config['T'], g.config)
+    for case in {name.split('/')[0] for name in g.outputs} if s else ():
+        mean, variance, clip = case.split('.')
+        if variance.lower() not in ddpm.VARIANCES: continue
+        raw = i[f'model_output_{i["x"].shape[1] * (2 if variance.startswith("LEARNED") else 1)}']
+        denoiser = ddpm.Denoiser(lambda x, t: raw, s, MEANS[mean], variance.lower())
+        step = s.steps().at(i['t'])
+        p = denoiser.guided(x0=ddpm.clip_x0 if clip == 'clip1' else None).denoise(i['x'], step)
+        small = ddpm.q_posterior_mean_variance(p.x0, i['x'],
+            step)[1]                 # zero at t = 0, where the logarithm is floored
+        results = dict(mean=p.mean, pred_xstart=p.x0, log_variance=p.log_variance,
+                       variance=small if variance == 'FIXED_SMALL' else p.log_variance.exp())
+        out |= {f'{case}/{k}': v for k, v in results.items()}
+    return out
+
+
+@family('calc_bpd_loop')
+def calc_bpd_loop(g):
+    "The bound, term by term, of a closed-form model"
+    c, i = g.config, g.inputs
+    s, model = schedule(c['schedule'], c['T'], c), formula(c['model'])
+    if s is None: return {}
+    d = ddpm.Denoiser(lambda x, t: model(x, t), s, MEANS[c['mean']], c['var'].lower()).guided(x0=ddpm.clip_x0)
+    r = ddpm.bits_per_dim(d, i['x_start'], noises=i['noises'])
+    return dict(total_bpd=r['total'], prior_bpd=r['prior'], vb=r['vb'], xstart_mse=r['x0_mse'], mse=r['mse'])
+
+
+def last(states):
+    "The end of a walk"
+    for x in states: pass
+    return x
+
+
+def noting(denoiser, notes):
+    "The same denoiser; every prediction is noted"
+    def note(p, x, step, cond):
+        notes.append(p)
+        return p
+    return denoiser.guided(prediction=note)
+
+
+@family('ddim_generalized_steps')
+def ddim_generalized_steps(g):
+    "DDIM's own repository: its sampler at any η, and its DDPM sampler, which clips x0 and takes the large variance"
+    i, model, s = g.inputs, formula(g.config['model']), ddpm.Schedule(g.inputs['betas'].double())
+    path, out = s.steps(g.config['seq']), {}
+    d = ddpm.Denoiser(lambda x, t: model(x, t), s, 'eps', 'fixed_large')
+    if g.config['seq'][0] == 0:                                                       # that code masks the last noise at t = 0 only
+        out['ddpm_steps'] = last(ddpm.ancestral(d.guided(x0=ddpm.clip_x0), path, i['x_T'], noises=i['noises']))
+    for name in g.outputs:
+        if name.startswith('generalized_eta') and not name.endswith('_x0'):
+            notes, η = [], float(name.removeprefix('generalized_eta'))
+            out[name] = last(ddim.ddim(noting(d, notes), path, i['x_T'], noises=i['noises'], eta=η))
+            out[f'{name}_x0'] = torch.stack([p.x0 for p in notes])
+    if 'compute_alpha' in g.outputs:                                                  # at t = −1, 0, T/2 and T − 1
+        ᾱ = s.alphas_cumprod
+        out['compute_alpha'] = torch.stack([path[-1].ᾱ_next, ᾱ[0], ᾱ[s.T // 2], ᾱ[-1]]).reshape(-1, 1, 1, 1)
+    return out
+
+
+@family('respacing')
+def respacing(g):
+    "T_SPEC/ARRAY; the schedule's name, with exceptions as 'for T=N NAME'"
+    words, out = g.config['schedule'], {}
+    others = dict(re.findall(r'for T=(\d+) (\w+)', words))
+    for name in g.outputs:
+        case, array = name.split('/')
+        T, spec = case.split('_', 1)
+        table = schedule(others.get(T, re.match(r'\w+', words)[0]), int(T), g.config).respaced(spec).table
+        out[name] = dict(alphas_cumprod=table.ᾱ, betas=table.β, posterior_log_variance_clipped=table.log_variance,
+                         timestep_map=table.t).get(array)
+    return {k: v for k, v in out.items() if v is not None}
+
+
+@family('training_losses')
+def training_losses(g):
+    "[T100.]LOSS.MEAN.VARIANCE/PART of a constant model output, and the gradient of the hybrid loss"
+    i, out = g.inputs, {}
+    cases = {name.split('/')[0] for name in g.outputs if '/' in name}
+    for case in cases:
+        *other, kind, mean, variance = case.split('.')
+        T = int(other[0].removeprefix('T')) if other else g.config['T']
+        d = ddpm.Denoiser(None, schedule(g.config['schedule'], T, g.config), MEANS[mean], variance.lower())
+        out |= {f'{case}/{k}': v for k, v in _losses(d, i, i[f't_T{T}'] if other else i['t'], kind.lower())[1].items()}
+    if 'hybrid_grad_wrt_model_output' in g.outputs:
+        d = ddpm.Denoiser(None, schedule(g.config['schedule'], g.config['T'], g.config), 'eps', 'learned_range')
+        with torch.enable_grad():
+            raw, terms = _losses(d, i, i['t'], 'rescaled_mse')
+            out['hybrid_grad_wrt_model_output'], = torch.autograd.grad(terms['loss'].sum(), raw)
+    return out
+
+
+def _losses(d, i, t, kind):
+    "Raw output and the loss terms of one case"
+    c = i['x_start'].shape[1] * (2 if d.variance.startswith('learned') else 1)
+    raw, step = i[f'model_output_{c}'].clone().requires_grad_(), d.schedule.steps().at(t)
+    x = ddpm.q_sample(i['x_start'], step.ᾱ, i['noise'])
+    return raw, iddpm.loss_terms(d, raw, i['x_start'], i['noise'], x, step, kind)
+
+
+@family('vlb_terms')
+def vlb_terms(g):
+    "One term of the bound with and without clipping, and the functions it is made of"
+    i, c = g.inputs, g.config
+    C = i['x_start'].shape[1]
+    raw, s = i[f'model_output_{2 * C}'], schedule(c['schedule'], c['T'], c)
+    step, out = s.steps().at(i['t']), {}
+    d = ddpm.Denoiser(lambda x, t: raw, s, MEANS[c['mean']], c['var'].lower())
+    for clip in (0, 1):
+        p = d.guided(x0=ddpm.clip_x0 if clip else None).denoise(i['x_t'], step)
+        out |= {f'clip{clip}/output': ddpm.vlb_term(p, i['x_start'], i['x_t'], step), f'clip{clip}/pred_xstart': p.x0}
+    return out | dict(
+        discretized_gaussian_log_likelihood=ddpm.discretized_gaussian_log_likelihood(i['x_start'], i['dg_means'], i['dg_log_scales']),
+        normal_kl=ddpm.normal_kl(i['dg_means'], i['dg_log_scales'], i['noise'], raw[:, :C]),
+        approx_standard_normal_cdf=ddpm.approx_standard_normal_cdf(i['noise']))
+
+
+@family('loss_second_moment_resampler')
+def loss_second_moment_resampler(g):
+    "The importance sampler of timesteps, fed one loss after the other"
+    c, i = g.config, g.inputs
+    times = iddpm.SecondMoment(c['T'], c['history_per_term'], c['uniform_prob'])
+    before = times.weights().clone()
+    times.update(i['t_seq'], i['loss_seq'])
+    p = times.weights() / times.weights().sum()
+    return dict(weights_before=before, weights_after=times.weights(), probabilities=p, importance_weights=1 / (len(p) * p),
+                loss_counts=times.counts, loss_history=times.losses)
+
+
+def by_mean(grad):
+    "Classifier guidance as DDPM's sampler takes it: the mean moves by variance times gradient"
+    def move(p, x, step, cond): return replace(p, mean=p.mean + p.variance * grad)
+    return move
+
+
+def by_score(grad):
+    "Classifier guidance as DDIM takes it: the noise, and with it x0 and the mean, which are not clipped again"
+    def move(p, x, step, cond):
+        eps = p.eps - ddpm.spread((1 - step.ᾱ).sqrt(), x) * grad
+        x0 = ddpm.x0_from_eps(x, eps, step.ᾱ)
+        return replace(p, eps=eps, x0=x0, mean=ddpm.q_posterior_mean_variance(x0, x, step)[0])
+    return move
+
+
+@family('sampling_steps')
+def sampling_steps(g):
+    "clip0|1/WHAT: one step from a constant model output, with and without a classifier's gradient"
+    i, c, out = g.inputs, g.config, {}
+    s = schedule(c['schedule'], c['T'], c)
+    raw, x, step, noises = i[f'model_output_{2 * i["x"].shape[1]}'], i['x'], s.steps().at(i['t']), [i['noise']]
+    further = replace(step, ᾱ=s.alphas_cumprod_next[i['t']])
+    for clip in (0, 1):
+        plain = ddpm.Denoiser(lambda x, t: raw, s, MEANS[c['mean']], c['var'].lower()).guided(x0=ddpm.clip_x0 if clip else None)
+        mean, score = (plain.guided(prediction=f(i['cond_grad'])) for f in (by_mean, by_score))
+        shifted, done = score.denoise(x, step), {}
+        done |= {'p_sample': next(ddpm.ancestral(plain, [step], x, noises=noises)),
+                 'p_sample_cond': next(ddpm.ancestral(mean, [step], x, noises=noises)),
+                 'ddim_reverse': next(ddim.encode(plain, [further, step], x)),
+                 'condition_mean': mean.denoise(x, step).mean,
+                 'condition_score.mean': shifted.mean, 'condition_score.pred_xstart': shifted.x0}
+        for η in c['etas']:
+            done |= {f'ddim_eta{η}': next(ddim.ddim(plain, [step], x, noises=noises, eta=η)),
+                     f'ddim_eta{η}_pred_xstart': plain.denoise(x, step).x0,
+                     f'ddim_cond_eta{η}': next(ddim.ddim(score, [step], x, noises=noises, eta=η))}
+        out |= {f'clip{clip}/{k}': v for k, v in done.items()}
+    return out
+
+
+@family('sampling_loops')
+def sampling_loops(g):
+    "Whole loops on a respaced path with a closed-form model"
+    i, c, seen = g.inputs, g.config, []
+    s, model = schedule(c['schedule'], c['T'], c), formula(c['model'])
+    path = s.respaced(c['respacing'], c['rescale_timesteps'])
+    def net(x, t):
+        seen.append(t)
+        return model(x, t)
+    d = ddpm.Denoiser(net, s, MEANS[c['mean']], c['var'].lower()).guided(x0=ddpm.clip_x0 if c['clip_denoised'] else None)
+    out = dict(p_sample_loop=last(ddpm.ancestral(d, path, i['x_T'], noises=i['noises'])))
+    out['timesteps_seen_by_model'] = torch.stack(seen)
+    for name in g.outputs:
+        if name.startswith('ddim_eta'):
+            η = float(name.removeprefix('ddim_eta'))
+            out[name] = last(ddim.ddim(d, path, i['x_T'], noises=i['noises'], eta=η))
+    return out
+
+
+@family('k_diffusion')
+def k_diffusion(g):
+    "Noise sizes, and the samplers that have a counterpart here; their states are ours divided by √ᾱ"
+    i, c, model = g.inputs, g.config, formula(g.config['denoiser'].replace('sigma', 't'))
+    ends = c['sigma_min'], c['sigma_max']
+    sizes = dict(karras_sigmas=ddim.karras_sigmas(c['n'], *ends, c['rho']),
+                 exponential_sigmas=ddim.exponential_sigmas(c['n'], *ends))
+    ᾱ = 1 / (1 + sizes['karras_sigmas'].flip(0) ** 2)
+    path = ddpm.Path(ᾱ, told=sizes['karras_sigmas'].flip(0))
+    net = lambda x, s: model(x * ddpm.spread((1 + s ** 2).sqrt(), x), s)
+    d = ddpm.Denoiser(net, None, 'x0')
+    start = i['x'] * path[0].ᾱ.sqrt().float()
+    walk = lambda sampler, **how: last(sampler(d, path, start, noises=list(i['noises']), **how))
+    return {k: torch.cat([v, torch.zeros(1)]) for k, v in sizes.items()} | dict(
+        euler=walk(ddim.ddim), euler_ancestral=walk(ddim.ddim, eta=1.), heun=walk(ddim.heun), dpmpp_2m=walk(ddim.dpm_2m))
+
+
+def run_unet(g):
+    "Strict load, one call"
+    model = layers.load_strict(unet.UNet.from_config(g.config), g.weights()).eval()
+    return dict(y=model(g.inputs['x'], g.inputs['timesteps']))
+
+
+@family('ddpm_unet_ermongroup')
+def ddpm_unet(g): return run_unet(g)
+
+
+@family('full__ddpm_*')
+def full_ddpm(g): return run_unet(g)
+
+
+def openai_settings(config):
+    "The constructor's part of a golden's configuration, which also holds rates, schedules and notes"
+    return {k: v for k, v in config.items() if k in (*openai_unet.UNetConfig.__dataclass_fields__, 'pool')}
+
+
+def run_openai_unet(g, model):
+    "Strict load, one call with everything that the golden gives"
+    given = {k: g.inputs[k] for k in ('y', 'low_res') if k in g.inputs}
+    return dict(y=layers.load_strict(model, g.weights()).eval()(g.inputs['x'], g.inputs['timesteps'], **given))
+
+
+@family('improved_unet', 'gd_unet_*', 'eps_gd_unet', 'gd_superres')
+def openai_denoiser(g):
+    kind = openai_unet.SuperResModel if 'low_res' in g.inputs else openai_unet.UNetModel
+    return run_openai_unet(g, kind(**openai_settings(g.config)))
+
+
+@family('full__improved-diffusion_*', 'full__guided-diffusion_*')
+def full_openai_unet(g):
+    with torch.device('meta'): model = openai_unet.from_flags(g.config)
+    model = model.to_empty(device='cpu')
+    if isinstance(model, openai_unet.EncoderUNetModel):
+        return dict(logits=layers.load_strict(model, g.weights()).eval()(g.inputs['x'], g.inputs['timesteps']))
+    return run_openai_unet(g, model)
+
+
+@family('lit_ema')
+def lit_ema(g):
+    "Inputs wN and bN are a network's weights after update N; an input that stops coming stays as it is"
+    names = sorted({k.rstrip('0123456789') for k in g.inputs})
+    net = nn.ParameterDict({n: nn.Parameter(g.inputs[f'{n}0'].clone()) for n in names})
+    ema, out = train.EMA(net, g.config['decay'], warmup=g.config.get('use_num_upates', True)), {}
+    average = nn.ParameterDict({n: nn.Parameter(g.inputs[f'{n}0'].clone()) for n in names})
+    for k in range(1, 1 + max(int(name[1:]) for name in g.inputs)):
+        for n in names: net[n].data = g.inputs.get(f'{n}{k}', net[n].data).clone()
+        ema.update(net)
+        ema.copy_to(average)
+        out |= {f'{n}_ema{k}': average[n].detach().clone() for n in names if f'{n}_ema{k}' in g.outputs}
+    return out
+
+
+@family('gd_classifier_*')
+def gd_classifier(g):
+    "Logits, and the gradient that guidance uses, already scaled"
+    i, model = g.inputs, openai_unet.EncoderUNetModel(**openai_settings(g.config))
+    layers.load_strict(model, g.weights()).eval()
+    slope = adm.log_prob_gradient(model, i['x'], i['timesteps'], i['y'])
+    return dict(logits=model(i['x'], i['timesteps']), cond_fn_grad=slope * g.config['classifier_scale'])
+
+
+@family('gd_train_step')
+def gd_train_step(g):
+    "Whole training steps: hybrid loss, gradients, AdamW, moving average; norms are listed in the json's parameter order"
+    c, out = g.config, {}
+    s = schedule(c['schedule'], c['T'], c)
+    if s is None: return {}
+    net = layers.load_strict(openai_unet.UNetModel(**openai_settings(c)), g.weights())
+    average, ema = openai_unet.UNetModel(**openai_settings(c)), train.EMA(net, c['ema_rate'])
+    optimizer = torch.optim.AdamW(net.parameters(), c['lr'], weight_decay=c['weight_decay'])
+    for k in sorted({name.split('.')[0] for name in g.outputs}, key=lambda k: int(k.removeprefix('step'))):
+        given = {name.removeprefix(f'{k}.'): v for name, v in g.inputs.items() if name.startswith(f'{k}.')}
+        with torch.enable_grad():
+            step = s.steps().at(given['t'])
+            x = ddpm.q_sample(given['x_start'], step.ᾱ, given['noise'])
+            terms = iddpm.loss_terms(ddpm.Denoiser(net, s, 'eps', 'learned_range'), net(x, given['t'], given['y']),
+                                     given['x_start'], given['noise'], x, step)
+            terms['losses'] = terms.pop('loss')
+            loss = (terms['losses'] * given['weights']).mean()
+            optimizer.zero_grad()
+            loss.backward()
+        found = {'grad': {n: p.grad.clone() for n, p in net.named_parameters()}}
+        optimizer.step()
+        ema.update(net)
+        ema.copy_to(average)
+        found |= {what: {n: p.detach().clone() for n, p in m.named_parameters()}
+                  for what, m in (('after', net), ('ema', average))}
+        terms |= {f'{what}_{n}': v for what, values in found.items() for n, v in values.items()}
+        terms |= {f'{what}_norms': torch.stack([values[n].norm() for n in g.info['parameter_order']])
+                  for what, values in found.items()}
+        out |= {f'{k}.{name}': v.detach() for name, v in (terms | {'loss': loss}).items()}
+    return out
+
+
+@family('fid_inception_block_*')
+def fid_block(g):
+    "A block named as in pytorch-fid: FIDInceptionA … FIDInceptionE_2 (the last takes maxima), and two of the pools"
+    letter, _, second = g.info['official'].rpartition('Inception')[2].partition('_')
+    block = getattr(inception, f'Block{letter}')(**g.config).eval()
+    if second == '2': block.pool = 'max'
+    counters = {k: v for k, v in block.state_dict().items() if k.endswith('num_batches_tracked')}
+    layers.load_strict(block, {**counters, **g.weights()})
+    x = g.inputs['x']
+    return dict(y=block(x), avg_pool_no_pad=inception.POOLS['inside'](x), E2_max_pool=inception.POOLS['max'](x))
+
+
+@family('full__fid_inception*')
+def full_inception(g):
+    "The four maps that pytorch-fid gives, and the logits with bias"
+    net = inception.Inception().take(g.weights()).eval()
+    maps = dict(net.maps(net.prepare(2 * g.inputs['x01'] - 1)))
+    return dict(block0_64=maps['pool1'], block1_192=maps['pool2'], block2_768=maps['Mixed_6e'],
+                pool3_2048=maps['Mixed_7c'].mean((2, 3), keepdim=True), logits1008=net.read('logits', maps['Mixed_7c']))
+
+
+@family('metrics_features')
+def metrics_features(g):
+    "pytorch-fid's distance and moments, torch-fidelity's scores; [isc_splitsK_shuffle0|1] and the kernel are read from names and json"
+    i, c, out = g.inputs, g.config, {}
+    stats = {k: metrics.Statistics().update(v) for k, v in i.items() if k != 'logits'}
+    far = lambda a, b: torch.tensor(metrics.frechet_distance(stats[a], stats[b])).double()
+    out |= dict(fid=far('f1', 'f2'), fid_torch_fidelity=far('f1', 'f2'), fid_self=far('f1', 'f1'), mu1=stats['f1'].mean,
+                sigma1=stats['f1'].cov, fid_singular=far('singular_f1', 'singular_f2'),
+                fid_degenerate=far('degenerate_f1', 'degenerate_f2'))
+    for name in [k for k in g.outputs if k.startswith('isc_splits')]:
+        splits, shuffle = (int(part.lstrip('abcdefghijklmnopqrstuvwxyz')) for part in name.split('_')[1:])
+        parts = scores.groups_shuffled(len(i['logits']), splits, c['isc_rng_seed'] if shuffle else None)
+        values = scores.inception_score(i['logits'], parts)
+        out[name] = torch.stack([values.mean(), values.std(unbiased=False)])
+    sure = 1e3 * torch.eye(i['logits'].shape[1])
+    k = c['kid']
+    kernel = dict(degree=k['degree'], coef0=k['coef0'], gamma=None if str(k['gamma']).startswith('1/') else k['gamma'])
+    how = dict(subsets=k['subsets'], size=k['subset_size'], seed=k['rng_seed'])
+    values = scores.kid(i['f1'], i['f2'], **how, **kernel)
+    drawn = list(scores.kid_subsets(len(i['f1']), len(i['f2']), **how))
+    precision, recall = scores.precision_recall(i['f1'], i['f2'], c['k'])   # f1 is real, f2 generated
+    first = [int(n.removeprefix('mmd2_first')) for n in g.outputs if n.startswith('mmd2_first')]
+    return out | dict(isc_onehot=scores.inception_score(sure)[0], kid_mean=values.mean(), kid_std=values.std(unbiased=False),
+                      kid_subsets_idx=torch.stack([torch.stack([torch.from_numpy(v) for v in pair]) for pair in drawn]),
+                      prc_precision=torch.tensor(precision), prc_recall=torch.tensor(recall),
+                      **{f'mmd2_first{n}': scores.mmd2(i['f1'][:n], i['f2'][:n], **kernel) for n in first})
+
+
+@family('adm_evaluator')
+def adm_evaluator(g):
+    "ADM's own evaluator: squared distances in float16, splits in order"
+    i, k = g.inputs, g.config['k']
+    real, fake = i['ref'], i['sample']
+    precision, recall = scores.precision_recall(real, fake, k, 'adm')
+    value = scores.inception_score(i['probs'].log(), scores.groups_in_order(len(i['probs']), g.config['split_size'])).mean()
+    out = dict(fid=metrics.frechet_distance(*(metrics.Statistics().update(v) for v in (real, fake))), precision=precision,
+               recall=recall, realism=scores.realism(real, fake, k, 'adm'))
+    out |= {f'radii_{name}': scores.manifold_radii(x, k, 'adm')[:, None] for name, x in (('ref', real), ('sample', fake))}
+    for name in g.outputs:
+        if name.startswith('inception_score_split'): out[name] = value
+        if name.startswith('pairwise_sq_dist_'):
+            n, m = map(int, name.rpartition('_')[2].split('x'))
+            out[name] = scores.distances(real[:n], fake[:m], 'adm')
+    return {name: torch.as_tensor(v).reshape(g.outputs[name].shape) for name, v in out.items() if name in g.outputs}
+
+
+# ------------------------------------------------------------------------------------------------------------ comparison
+
+@dataclass
+class Verdict:
+    "What came of one golden"
+    name: str                    # of the golden
+    official: str                # the code it came from
+    word: str                    # passed, partial, FAILED, unsupported, skipped
+    error: float | None = None   # largest |difference| of any output
+    note: str = ''               # what is missing or wrong
+    seconds: float = 0.
+    peak_mb: float | None = None # of the process, for full-size ones
+
+
+def expected_form(name, value):
+    "The stored form of an output: whole, every N-th number, or mean and standard deviation"
+    base, _, form = name.partition('::')
+    if form.startswith('flat_stride'): return value.flatten()[::int(form.removeprefix('flat_stride'))]
+    if form == 'mean_std': return torch.stack([value.double().mean(), value.double().std()])
+    return value
+
+
+def tolerances(g, name) -> tuple[float, float]:
+    "The json's, or what its note says of some outputs ('compare after_* at atol 2e-4')"
+    found = re.search(r'compare (\S+) at atol (\S+?)\.?$', g.info.get('note') or '')
+    loose = found and fnmatch(name.split('.', 1)[-1], found[1])
+    return g.info['rtol'], float(found[2]) if loose else g.info['atol']
+
+
+def compare(g, got) -> Verdict:
+    "Every output at the json's own tolerance"
+    worst, wrong, done = 0., [], 0
+    for name, want in g.outputs.items():
+        rtol, atol = tolerances(g, name)
+        base = name.partition('::')[0]
+        if base not in got: continue
+        done += 1
+        have = expected_form(name, torch.as_tensor(got[base]).detach()).double().cpu()
+        want = want.double()
+        if have.shape != want.shape:
+            wrong.append(f'{name} has shape {tuple(have.shape)}, expected {tuple(want.shape)}')
+            continue
+        error = (have - want).abs()
+        error = torch.where(have == want, 0.,
+                            error)                                  # two equal infinities differ by nothing
+        worst = max(worst, float(error.nan_to_num(math.inf).max()) if error.numel() else 0.)
+        if not bool((error <= atol + rtol * want.abs()).all()): wrong.append(f'{name} is off by {float(error.max()):.2g}')
+    total, source = len(g.outputs), g.info.get('official', g.info.get('system', ''))
+    if wrong: return Verdict(g.name, source, 'FAILED', worst, f'{len(wrong)} of {done}: {"; ".join(wrong[:3])}')
+    if done == 0: return Verdict(g.name, source, 'unsupported', None, f'none of {total} outputs')
+    return Verdict(g.name, source, 'passed' if done == total else 'partial', worst, f'{done} of {total} outputs')
+
+
+def checker(name):
+    "The function for a golden of this name, or None"
+    return next((f for pattern, f in FAMILIES.items() if fnmatch(name, pattern)), None)
+
+
+def check(
+    g: Golden,  # a golden
+) -> Verdict:
+    "Run one golden; an exception is a failure, not a crash"
+    f, source, start = checker(g.name), g.info.get('official', g.info.get('system', '')), time.time()
+    if f is None: return Verdict(g.name, source, 'unsupported')
+    try:
+        with torch.no_grad(): verdict = compare(g, f(g))
+    except Exception as e: verdict = Verdict(g.name, source, 'FAILED', None, f'{type(e).__name__}: {e}')
+    verdict.seconds = round(time.time() - start, 2)
+    return verdict
+
+
+def in_own_process(g, schemas) -> Verdict:
+    "A full-size golden in a process of its own, so that its memory is given back"
+    command = [sys.executable, '-m', 'tests.parity', str(g.path.parent), '--one', g.path.stem]
+    done = subprocess.run(command + (['--schemas', str(schemas)] if schemas else []), capture_output=True, text=True,
+                          cwd=HERE.parent)
+    if done.returncode != 0:
+        return Verdict(g.name, g.info.get('system', ''), 'FAILED', None,
+                       f'process ended with {done.returncode}: {done.stderr.strip()[-300:]}')
+    return Verdict(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def run(
+    folder: Path = HERE / 'golden',  # of golden files
+    only: str = '*',                 # a glob of names
+    full: bool = False,              # also the released sizes, one process each
+    schemas: Path | None = None,     # folder of schemas; default: the package's copy
+    tell=lambda v: None,             # called with each verdict as it comes
+) -> list:
+    "Check every golden of a folder"
+    verdicts = []
+    for path in sorted(Path(folder).glob('*.json')):
+        if not path.with_suffix('.safetensors').exists(): continue
+        g = Golden(path, schemas)
+        if not fnmatch(g.name, only): continue
+        big = g.name.startswith('full__')
+        if not big or checker(g.name) is None: v = check(g)
+        elif full or only.startswith('full__'): v = in_own_process(g, schemas)
+        else: v = Verdict(g.name, g.info.get('system', ''), 'skipped', None, 'released size: add --full')
+        verdicts.append(v)
+        tell(v)
+    return verdicts
+
+
+def line(v) -> str:
+    "A verdict in a row"
+    error = '' if v.error is None else f'{v.error:.1e}'
+    memory = f', {v.peak_mb:.0f} MB' if v.peak_mb else ''
+    return f'{v.name:34} {v.word:12} {error:>8}  {v.seconds:5.1f} s{memory}  {v.note}  [{v.official[:70]}]'
+
+
+def main(argv=None) -> int:
+    "The command; 0 when nothing failed"
+    p = argparse.ArgumentParser(prog='python -m tests.parity',
+                                description='Compare diffcourse with golden outputs of the official code')
+    p.add_argument('dir', nargs='?', type=Path, default=HERE / 'golden',
+                   help='folder of golden files (default: tests/golden)')
+    p.add_argument('--only', default='*', metavar='GLOB', help='names to check, such as "p_*"')
+    p.add_argument('--full', action='store_true', help='also the released sizes (full__*), one process each')
+    p.add_argument('--json', type=Path, metavar='FILE', help='write the verdicts here')
+    p.add_argument('--schemas', type=Path, metavar='DIR', help='folder of layouts (default: the copy in the package)')
+    p.add_argument('--one', help=argparse.SUPPRESS)
+    a = p.parse_args(argv)
+    if a.one:
+        v = check(Golden(a.dir / f'{a.one}.json', a.schemas))
+        v.peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == 'darwin' else 1e3)
+        print(json.dumps(vars(v)))
+        return 0
+    try: require(a.dir.is_dir(), f'{a.dir} is not a folder of golden files')
+    except CourseError as e: p.error(str(e))
+    verdicts = run(a.dir, a.only, a.full, a.schemas, lambda v: print(line(v), flush=True))
+    counts = {w: sum(v.word == w for v in verdicts) for w in ('passed', 'partial', 'FAILED', 'unsupported', 'skipped')}
+    print(', '.join(f'{n} {w}' for w, n in counts.items() if n) or f'no golden in {a.dir} matches {a.only!r}')
+    if a.json: a.json.write_text(json.dumps([vars(v) for v in verdicts], indent=1) + '\n', encoding='utf-8')
+    return 1 if counts['FAILED'] or not verdicts else 0
+
+
+if __name__ == '__main__': sys.exit(main())
