@@ -7,7 +7,9 @@ The stamp (budget and a hash of the code cells, in the notebook's own metadata) 
 whether the committed outputs come from the committed code.
 """
 import argparse
+import base64
 import hashlib
+import io
 import os
 import subprocess
 import time
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,6 +28,16 @@ def code_hash(nb) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def lighten(nb, limit: int = 40_000) -> None:
+    "Store every PNG output above `limit` bytes with a palette of 256 colours: a third of the size, no visible change"
+    for o in (o for c in nb.cells if c.cell_type == 'code' for o in c.outputs):
+        png = base64.b64decode(o.get('data', {}).get('image/png', ''))
+        if len(png) <= limit: continue
+        buffer = io.BytesIO()
+        Image.open(io.BytesIO(png)).convert('RGB').quantize(256).save(buffer, 'PNG', optimize=True)
+        if len(buffer.getvalue()) < len(png): o.data['image/png'] = base64.b64encode(buffer.getvalue()).decode()
+
+
 def run(path: Path, budget: str, timeout: int = 3600) -> float:
     "Execute one notebook in place; returns seconds"
     nb, start = nbformat.read(path, 4), time.time()
@@ -32,6 +45,7 @@ def run(path: Path, budget: str, timeout: int = 3600) -> float:
         if c.cell_type == 'code': c.outputs, c.execution_count = [], None
     os.environ['DIFFCOURSE_BUDGET'] = budget
     NotebookClient(nb, timeout=timeout, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}}).execute()
+    lighten(nb)
     nb.metadata = {'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'},
                    'diffcourse': {'budget': budget, 'code': code_hash(nb)}}
     nbformat.write(nb, path)
