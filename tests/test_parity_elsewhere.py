@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from diffcourse import unet
+from diffcourse import metrics, scores, unet
 from tests import parity
 
 
@@ -190,6 +190,95 @@ def test_ddpm_unet(tmp_path, net, form):
     wrong = Plain(weights, m, net['size'])(x, t + 1)
     v = golden(tmp_path, 'ddpm_unet_ermongroup', config, atol=2e-5, **stored, **{'in/x': x, 'in/timesteps': t, 'out/y': wrong})
     assert v.word == 'FAILED', 'the golden does not see the time'
+
+
+# --- scores ---------------------------------------------------------------------------------------------------
+
+def numpy_fid(a, b):
+    "Mean, covariance, and the square root of a symmetric matrix by its eigenvectors"
+    (m1, S1), (m2, S2) = ((x.mean(0), np.cov(x, rowvar=False)) for x in (a.astype(np.float64), b.astype(np.float64)))
+    λ, Q = np.linalg.eigh(S1)
+    root = Q * np.sqrt(λ.clip(0)) @ Q.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ S2 @ root).clip(0)).sum()
+    return ((m1 - m2) ** 2).sum() + np.trace(S1) + np.trace(S2) - 2 * cross
+
+
+def numpy_is(p, groups):
+    "Exponential of the mean KL of each group's rows from their mean"
+    return np.array([np.exp((p[g] * np.log(p[g] / p[g].mean(0))).sum(1).mean()) for g in groups])
+
+
+def numpy_mmd2(x, y, degree, gamma, coef0):
+    "Off-diagonal means of the kernel matrices"
+    k = lambda a, b: (gamma * a @ b.T + coef0) ** degree
+    off = lambda K: (K.sum() - np.trace(K)) / (len(K) * (len(K) - 1))
+    return off(k(x, x)) + off(k(y, y)) - 2 * k(x, y).mean()
+
+
+def numpy_manifold(x, y, k, power):
+    "(share of y in x's balls, radii of x, distances from y to x), with distances to a power"
+    apart = lambda a, b: np.sqrt(((a[:, None].astype(np.float64) - b[None]) ** 2).sum(-1)) ** power
+    radii = np.sort(apart(x, x), 1)[:, k]
+    return (apart(y, x) <= radii * (1 + 1e-12)).any(1).mean(), radii, apart(y, x)
+
+
+def features_golden(folder, seed=0, D=9, n=(70, 80)):
+    "metrics_features of another size and another kernel"
+    rng = np.random.RandomState(seed)
+    f1, f2 = ((rng.randn(m, D) * np.linspace(.5, 2, D) + s).astype(np.float32) for m, s in zip(n, (0, .3)))
+    logits = 2 * rng.randn(60, 5).astype(np.float32)
+    kernel = dict(degree=2, gamma=.3, coef0=.5)
+    c = {'D': D, 'kid': kernel | {'subsets': 6, 'subset_size': 30, 'rng_seed': 7}, 'isc_rng_seed': 11, 'k': 5}
+    p = np.exp(logits.astype(np.float64))
+    p /= p.sum(1, keepdims=True)
+    a, b = f1.astype(np.float64), f2.astype(np.float64)
+    draw = np.random.RandomState(7)
+    pairs = [[draw.choice(m, 30, replace=False) for m in n] for _ in range(6)]
+    values = np.array([numpy_mmd2(a[i], b[j], **kernel) for i, j in pairs])
+    shuffled, whole = numpy_is(p, np.array_split(np.random.RandomState(11).permutation(60), 4)), numpy_is(p, [np.arange(60)])
+    outs = {'fid': numpy_fid(a, b), 'fid_self': 0., 'mu1': a.mean(0), 'sigma1': np.cov(a, rowvar=False), 'kid_mean': values.mean(),
+            'kid_std': values.std(), 'kid_subsets_idx': np.array(pairs), 'mmd2_first20': numpy_mmd2(a[:20], b[:20], **kernel),
+            'isc_splits4_shuffle1': np.array([shuffled.mean(), shuffled.std()]), 'isc_splits1_shuffle0': np.array([whole[0], 0.]),
+            'prc_precision': numpy_manifold(f1, f2, 5, 1)[0], 'prc_recall': numpy_manifold(f2, f1, 5, 1)[0]}
+    ins = {'f1': f1, 'f2': f2, 'logits': logits, 'singular_f1': f1[:5], 'singular_f2': f2[:6], 'degenerate_f1': f1 * 0, 'degenerate_f2': f2 * 0}
+    return golden(folder, 'metrics_features', c, atol=1e-6, **{f'in/{k}': v for k, v in ins.items()},
+                  **{f'out/{k}': np.asarray(v) for k, v in outs.items()})
+
+
+def adm_golden(folder, seed=0, D=24, k=4):
+    "adm_evaluator of another size; exact distances stand for those in float16, which the tolerance allows"
+    rng = np.random.RandomState(seed)
+    ref, sample = rng.randn(60, D).astype(np.float32), (rng.randn(50, D) * .9 + .1).astype(np.float32)
+    p = rng.dirichlet(np.ones(6), 130).astype(np.float32)
+    parts = [np.arange(i, min(i + 40, 130)) for i in range(0, 130, 40)]
+    (precision, radii_ref, apart), (recall, radii_sample, _) = (numpy_manifold(*pair, k, 2) for pair in ((ref, sample), (sample, ref)))
+    outs = {'fid': [numpy_fid(ref, sample)], 'inception_score_split40': [numpy_is(p.astype(np.float64), parts).mean()],
+            'precision': [precision], 'recall': [recall], 'radii_ref': radii_ref[:, None], 'radii_sample': radii_sample[:, None],
+            'realism': (radii_ref / (apart + 1e-5)).max(1), 'pairwise_sq_dist_7x9': apart[:9, :7].T}
+    return golden(folder, 'adm_evaluator', {'k': k, 'D': D, 'split_size': 40}, rtol=4e-3, atol=4e-3,
+                  **{'in/ref': ref, 'in/sample': sample, 'in/probs': p}, **{f'out/{n}': np.asarray(v) for n, v in outs.items()})
+
+
+@pytest.mark.parametrize('make', [features_golden, adm_golden])
+@pytest.mark.parametrize('seed', range(3))
+def test_scores_of_other_sizes(tmp_path, make, seed):
+    v = make(tmp_path, seed)
+    assert v.word == 'passed', parity.line(v)
+
+
+@pytest.mark.parametrize('make, where, attribute, change', [
+    (features_golden, scores, 'polynomial_kernel', lambda f: lambda x, y, degree=3, gamma=None, coef0=1.: f(x, y, degree, None, coef0)),
+    (features_golden, scores, 'groups_shuffled', lambda f: lambda n, splits=10, seed=2020: f(n, splits, seed and 2020)),
+    (features_golden, metrics, 'frechet_distance', lambda f: lambda a, b: f(a, b) * (1 + 1e-4)),
+    (adm_golden, scores, 'groups_in_order', lambda f: lambda n, size: [torch.arange(n)]),
+    (adm_golden, scores, 'manifold_radii', lambda f: lambda x, k=3, kind='euclid': f(x, k + 1, kind)),
+    (adm_golden, scores, '_half', lambda f: lambda x: x.bfloat16().float()),
+    (adm_golden, scores, 'distances', lambda f: lambda a, b, kind='euclid': f(a, b, 'euclid')),
+    (adm_golden, scores, 'precision_recall', lambda f: lambda a, b, *how: f(b, a, *how))],
+    ids=lambda v: v if isinstance(v, str) else getattr(v, '__name__', ''))
+def test_scores_are_noticed_when_wrong(tmp_path, monkeypatch, make, where, attribute, change):
+    monkeypatch.setattr(where, attribute, change(vars(where)[attribute]))
+    assert make(tmp_path).word == 'FAILED'
 
 
 def test_what_is_not_supported_is_listed_and_no_failure(tmp_path, capsys):
