@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'weights_app', 'OptBudget', 'OptDevice', 'OptWeights', 'OptSeed', 'OptNumber', 'train', 'save_grid',
-           'sample', 'reconstruct', 'data_get', 'data_verify', 'weights_list', 'weights_verify', 'notebooks', 'doctor',
-           'demo', 'main']
+           'sample', 'reconstruct', 'metrics', 'data_get', 'data_verify', 'weights_list', 'weights_verify', 'notebooks',
+           'doctor', 'demo', 'main']
 
 # %% ../nbs/18a_cli.ipynb #3aa9077e
 import importlib, os, shutil, sys, tempfile, time
@@ -116,6 +116,46 @@ def reconstruct(
     else: images = data.load(source, 'test').images[:n]
     copies = zoo.reconstruct(recipe, images, weights, default_device(device))
     save_grid(torch.cat([to_float(images), copies]), out, len(images))
+
+# %% ../nbs/18a_cli.ipynb #17e00003
+def _number(v): return None if isinstance(v, float) and v != v else v
+
+def _print_scores(scores, as_json: bool) -> None:
+    "A table and one sentence of circumstances for each score, or JSON; cautions on stderr"
+    import json
+    from dataclasses import asdict
+    from diffcourse.core import Table
+    from diffcourse.measure import cautions
+    if as_json:
+        plain = [{k: _number(v) for k, v in asdict(s).items()} for s in scores]
+        print(json.dumps(plain, ensure_ascii=False, indent=1))
+    else:
+        print(Table([(s.name, s.value, s.low, s.high) for s in scores], ('score', 'value', '95 %: low', 'high')))
+        for s in scores: print(f'\n{s}')
+    for text in cautions(scores): print(f'diffcourse: {text}', file=sys.stderr)
+
+# %% ../nbs/18a_cli.ipynb #17e00004
+@app.command()
+def metrics(
+    real: _argument(str, 'The reference: a folder, an .npz, saved statistics, or a data set such as cifar10:test.'),
+    fake: _argument(str, 'The pictures to judge: a folder, an .npz, or a data set.'),
+    names: _option(str, '--metrics', help='Any of fid,sfid,is,is-adm,kid,pr,pr-adm.') = 'fid',
+    extractor: _option(str, help='The network that looks: inception, fashion_classifier, …') = 'inception',
+    resize: _option(Optional[str], help='How the Inception scales pictures to its size, by name.') = None,
+    size: _option(Optional[int], help='Scale the pictures of folders to this size first; default: as they are.') = None,
+    batch: _option(Optional[int], help='Pictures at a time.') = None,
+    resamples: _option(Optional[int], help='Of the bootstrap; 0: no interval.') = None,
+    subset: _option(int, help='Pictures in a subset of KID.') = 1000,
+    json: _option(bool, help='JSON on stdout.') = False,
+    save_real: _option(Optional[Path], help='Keep the statistics of REAL in this .npz or .safetensors file.') = None,
+    seed: OptSeed = 0, device: OptDevice = None,
+):
+    "Measure pictures against real ones: each score with extractor, N, preprocessing and interval."
+    from diffcourse import measure as m
+    wanted, model = [v.strip() for v in names.split(',') if v.strip()], m.extractor_for(extractor, device, resize)
+    scores = m.measure(real, fake, wanted, model, batch, size, resamples, subset, tell=m.Ticker(), seed=seed,
+                       keep=save_real)
+    _print_scores(scores, json)
 
 # %% ../nbs/18a_cli.ipynb #0e185517
 @data_app.command('get')

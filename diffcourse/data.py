@@ -400,10 +400,10 @@ def picture_files(
 # %% ../nbs/01_data.ipynb #250cd68f
 def read_picture(
     path: Path,        # a picture file
-    size: int,         # pixels per side of the result
+    size: int | None,  # pixels per side of the result; None: the picture as it is
     channels: int = 3, # 3: RGB, 1: grey
-) -> np.ndarray:       # bytes, (channels, size, size)
-    "One picture: upright, on white, its central square, scaled with antialiasing"
+) -> np.ndarray:       # bytes, (channels, H, W)
+    "One picture: upright, on white; with a size, its central square scaled with antialiasing"
     from PIL import Image, ImageOps
     with Image.open(path) as file: image = ImageOps.exif_transpose(file)
     if image.mode.startswith('I'):  # 16 bits
@@ -412,8 +412,9 @@ def read_picture(
     if image.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') or 'transparency' in image.info:
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-    image = ImageOps.fit(image.convert('RGB' if channels == 3 else 'L'), (size, size), Image.Resampling.LANCZOS)
-    return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
+    image = image.convert('RGB' if channels == 3 else 'L')
+    if size is not None: image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    return np.asarray(image).reshape(image.height, image.width, channels).transpose(2, 0, 1)
 
 # %% ../nbs/01_data.ipynb #d062c6bf
 def read_captions(
