@@ -29,14 +29,14 @@ IDS = {'single_resolution': 'ADM-1', 'one_head': 'ADM-1b', 'outside': 'ADM-1c', 
 # pictures of the ablation are 28×28, or shrunk to 16×16 (a third of the work)
 SETTINGS = {
     'smoke': dict(size=16, net=dict(model_channels=8, channel_mult=(1, 2, 2), groups=4), train=dict(steps=8, batch_size=8, lr=2e-3, warmup=2, ema=.5),
-                  held_out=64, scales=(0., 2.), pictures=16, few=4, many=8, judges=dict(steps=8, batch_size=8, lr=2e-3, warmup=2, ema=.5),
+                  held_out=64, scales=(0., 2.), pictures=16, few=4, many=8, pictures_many=16, judges=dict(steps=8, batch_size=8, lr=2e-3, warmup=2, ema=.5),
                   judged=16, judge_scales=(2., 5.), limit=(25, 100)),
-    'laptop': dict(size=16, net=dict(model_channels=8, channel_mult=(1, 3, 6), groups=4), train=dict(steps=700, batch_size=32, lr=2e-3, warmup=50, ema=.99),
-                   held_out=1000, scales=(0., .5, 1., 2., 4., 10., 30.), pictures=256, few=25, many=250,
-                   judges=dict(steps=300, batch_size=64, lr=2e-3, warmup=30, ema=.98, weight_decay=.05), judged=128,
+    'laptop': dict(size=16, net=dict(model_channels=8, channel_mult=(1, 3, 6), groups=4), train=dict(steps=200, batch_size=32, lr=2e-3, warmup=20, ema=.98),
+                   held_out=1000, scales=(0., 1., 3., 10., 30.), pictures=150, few=25, many=250, pictures_many=80,
+                   judges=dict(steps=150, batch_size=32, lr=2e-3, warmup=15, ema=.97, weight_decay=.05), judged=64,
                    judge_scales=(1., 4., 16.), limit=(25, 100, 400, 1600)),
     'gpu': dict(size=28, net=dict(model_channels=32, channel_mult=(1, 2, 4), groups=8), train=dict(steps=5000, batch_size=256, lr=1e-3, warmup=300, ema=.999),
-                held_out=10_000, scales=(0., .5, 1., 2., 4., 10., 30.), pictures=2048, few=25, many=250,
+                held_out=10_000, scales=(0., .5, 1., 2., 4., 10., 30.), pictures=2048, few=25, many=250, pictures_many=2048,
                 judges=dict(steps=4000, batch_size=256, lr=1e-3, warmup=200, ema=.999, weight_decay=.05), judged=2048,
                 judge_scales=(1., 4., 16.), limit=(25, 100, 400, 1600))}
 
@@ -159,11 +159,11 @@ def sweep(level, seeds, device) -> dict:
     none, high, best = rows[0], rows[-1], min(rows, key=lambda r: r['fid'])
     numbers = {f'{k}_{w}': r[k] for k in ('is', 'precision', 'recall', 'fid') for w, r in (('none', none), ('high', high))}
     scale = best['scale'] or min(c for c in s['scales'] if c)
-    guided = {n: quality(draw(level, device, s['pictures'], n, scale), device)['fid'] for n in (s['few'], s['many'])}
-    unguided = quality(draw(level, device, s['pictures'], s['many'], 0.), device)['fid']
+    fid = lambda n, scale: quality(draw(level, device, s['pictures_many'], n, scale), device)['fid']
+    guided, unguided = {n: fid(n, scale) for n in (s['few'], s['many'])}, fid(s['many'], 0.)
     return {'ADM-2': dict(numbers=numbers | dict(fid_best=best['fid'], best_scale=best['scale']), seeds=1, sweep=rows),
             'ADM-4': dict(numbers=dict(guided_25=guided[s['few']], guided_250=guided[s['many']], unguided_250=unguided, scale=scale), seeds=1,
-                          steps=[s['few'], s['many']])}
+                          steps=[s['few'], s['many']], pictures=s['pictures_many'])}
 
 
 def clean_loss(model, batch, draws):
@@ -186,7 +186,7 @@ def judges(level, seeds, device) -> dict:
             runs.append(dict(kind=kind, seed=seed, accuracy=clear, **max(rows, key=lambda r: r['recognised'])))
     mean = lambda kind, key: statistics.mean(r[key] for r in runs if r['kind'] == kind)
     return {'ADM-5': dict(numbers={f'{key}_{kind}': mean(kind, key) for key in ('recognised', 'fid') for kind in ('noisy', 'clean')},
-                          seeds=len(seeds[:2]), runs=runs)}
+                          seeds=len(seeds[:2]), runs=runs, pictures=s['judged'])}
 
 
 PARTS = {ablation: set(IDS.values()), exact: {'ADM-3'}, sweep: {'ADM-2', 'ADM-4'}, judges: {'ADM-5'}}
@@ -200,8 +200,8 @@ def measure(level, seeds, device, only=None, **overrides) -> dict:
         start = time.perf_counter()
         found = part(level, seeds, device, **(overrides if part is ablation else {}))
         for id, r in found.items():
-            out[id] = dict(numbers=r.pop('numbers'), budget=level, device=device_name(device), **r, data=data.fashion_mnist('train').name,
-                           pictures=s['pictures'], seconds=round(time.perf_counter() - start, 1))
+            out[id] = dict(numbers=r.pop('numbers'), budget=level, device=device_name(device), pictures=s['pictures']) | r
+            out[id] |= dict(data=data.fashion_mnist('train').name, seconds=round(time.perf_counter() - start, 1))
     return out
 
 
