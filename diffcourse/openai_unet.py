@@ -34,8 +34,10 @@ class GroupNorm32(nn.GroupNorm):
         require(channels % groups == 0, f'{groups} groups do not divide {channels} channels: choose groups that do')
         super().__init__(groups, channels, eps=1e-5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        "(B, channels, ...) → the same shape and type"
+    def forward(self,
+        x: Tensor,  # features, (B, channels, ...)
+    ) -> Tensor:    # the shape and type of x
+        "Normalise in float32 at least"
         wide = x if x.dtype == torch.float64 else x.float()
         weight, bias = (p.to(wide.dtype) for p in (self.weight, self.bias))
         return F.group_norm(wide, self.num_groups, weight, bias, self.eps).to(x.dtype)
@@ -90,8 +92,10 @@ class Resample(nn.Module):
         super().__init__()
         self.op = nn.Conv2d(channels, channels, 3, 2, 1) if with_conv else nn.AvgPool2d(2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        "(B, C, H, W) → (B, C, H/2, W/2)"
+    def forward(self,
+        x: Tensor,  # (B, channels, H, W)
+    ) -> Tensor:    # (B, channels, H/2, W/2)
+        "Halve"
         return self.op(x)
 
 # %% ../nbs/09a_openai_unet.ipynb #a287af18
@@ -135,8 +139,11 @@ class AttentionBlock(ContextBlock):
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_init(nn.Conv1d(channels, channels, 1))
 
-    def forward(self, x: Tensor, context=None) -> Tensor:
-        "(B, C, H, W) → the same shape; the context is not used"
+    def forward(self,
+        x: Tensor,     # features, (B, channels, H, W)
+        context=None,  # not used: other blocks of the kind attend to it
+    ) -> Tensor:       # the shape of x
+        "Every pixel attends to all pixels"
         tokens = self.norm(x).flatten(2).transpose(1, 2)                                  # (B, H·W, C)
         q, k, v = split_qkv(_pointwise(self.qkv, tokens), self.heads, self.new_order)
         out = _pointwise(self.proj_out, attention(q, k, v, self.heads))
@@ -189,8 +196,12 @@ def check(self: UNetConfig) -> None:
 # %% ../nbs/09a_openai_unet.ipynb #8dc6c23b
 class Stage(nn.Sequential):
     "Layers in sequence, each given what it asks for"
-    def forward(self, x: Tensor, emb: Tensor, context=None) -> Tensor:
-        "Features through all layers; residual blocks get the time's vector, context blocks the context"
+    def forward(self,
+        x: Tensor,     # features, (B, C, H, W)
+        emb: Tensor,   # the time's vector, (B, emb_channels), for residual blocks
+        context=None,  # for context blocks
+    ) -> Tensor:       # (B, C', H', W')
+        "Features through all layers"
         for layer in self:
             if isinstance(layer, ResBlock): x = layer(x, emb)
             elif isinstance(layer, ContextBlock): x = layer(x, context)
@@ -247,7 +258,11 @@ def _resample(self: HalfUNet, channels, which):
 
 # %% ../nbs/09a_openai_unet.ipynb #52db5e7e
 @patch
-def check_labels(self: HalfUNet, y: Tensor | None, batch: int) -> None:
+def check_labels(
+    self: HalfUNet,
+    y: Tensor | None,  # labels, (B,), integers
+    batch: int,        # how many pictures
+) -> None:
     "Raise unless there is one legal label for each picture, or no label and no classes"
     n = self.config.num_classes
     require((y is None) == (n is None), 'this network has no classes: call it without y' if n is None
@@ -259,6 +274,7 @@ def check_labels(self: HalfUNet, y: Tensor | None, batch: int) -> None:
         require(0 <= int(y.min()) and int(y.max()) < n,
                 f'labels must lie in [0, {n}), got {int(y.min())} … {int(y.max())}')
 
+# %% ../nbs/09a_openai_unet.ipynb #52db5e7f
 @patch
 def embed(
     self: HalfUNet,
@@ -275,7 +291,10 @@ def embed(
 
 # %% ../nbs/09a_openai_unet.ipynb #b752f899
 @patch
-def check_pictures(self: HalfUNet, x: Tensor) -> None:
+def check_pictures(
+    self: HalfUNet,
+    x: Tensor,  # pictures, (B, in_channels, H, W)
+) -> None:
     "Raise unless the pictures have the channels of this network and can be halved often enough"
     c, k = self.config.in_channels, self.config.halved
     require(x.ndim == 4 and x.shape[1] == c and x.shape[2] % k == x.shape[3] % k == 0,
@@ -359,8 +378,10 @@ class AttentionPool2d(nn.Module):
         self.c_proj = nn.Conv1d(channels, out_channels, 1)
         self.size, self.heads = size, count_heads(channels, -1, head_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        "(B, channels, size, size) → (B, out_channels)"
+    def forward(self,
+        x: Tensor,  # features, (B, channels, size, size)
+    ) -> Tensor:    # (B, out_channels)
+        "Ask with the mean"
         require(x.shape[2:] == (self.size,) * 2, f'the pool takes {self.size}×{self.size} features, got '
                 f'{x.shape[2]}×{x.shape[3]}: the classifier was built for pictures of another size')
         x = x.flatten(2)
