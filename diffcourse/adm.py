@@ -370,8 +370,8 @@ adm_emoji = register(Recipe(
 adm_classifier = register(Recipe(
     'adm_classifier', 'kind and style of a noised emoji, for guidance; 0.3 M parameters',
     data=lambda level: emoji_kinds('train'),
-    model=lambda: EncoderUNetModel(pool='attention', out_channels=EMOJI_NULL, channel_mult=(1, 2, 4), resblock_updown=True,
-                                   dropout=.1, **_emoji_net),
+    model=lambda: EncoderUNetModel(pool='attention', out_channels=EMOJI_NULL, channel_mult=(1, 2, 4),
+                                   resblock_updown=True, dropout=.1, **_emoji_net),
     loss=loss_noisy_classifier(Schedule.cosine()),
     settings=dict(smoke=dict(steps=25, batch_size=32, lr=2e-3, warmup=5, weight_decay=.05),
                   laptop=dict(steps=1500, batch_size=64, lr=2e-3, weight_decay=.05),
