@@ -268,7 +268,7 @@ def test_released_size_checker_fails_too(tmp_path, monkeypatch):
     flags = {'guided-diffusion_toy': common | dict(image_size=16, learn_sigma=True, class_cond=True),
              'improved-diffusion_toy': common | dict(large_size=16, small_size=8, learn_sigma=True),
              'guided-diffusion_judge': {f'classifier_{k}': v for k, v in common.items() if k not in ('num_channels', 'num_res_blocks', 'num_heads', 'channel_mult')}
-             | dict(image_size=32, classifier_width=32, classifier_depth=1, classifier_pool='attention')}
+             | dict(image_size=32, classifier_width=32, classifier_depth=1, classifier_pool='attention', classifier_num_head_channels=16)}
     x, t = torch.randn(2, 3, 16, 16, generator=generator(1)), torch.tensor([3, 700])
     more = {'guided-diffusion_toy': dict(y=torch.tensor([5, 999])), 'improved-diffusion_toy': dict(low_res=x[..., ::2, ::2].contiguous()),
             'guided-diffusion_judge': {}}
