@@ -139,7 +139,7 @@ def _print_scores(scores, as_json: bool) -> None:
 def metrics(
     real: _argument(str, 'The reference: a folder, an .npz, saved statistics, or a data set such as cifar10:test.'),
     fake: _argument(str, 'The pictures to judge: a folder, an .npz, or a data set.'),
-    names: _option(str, '--metrics', help='Any of fid,sfid,is,is-adm,kid,pr,pr-adm.') = 'fid',
+    names: _option(str, '--metrics', help='Any of fid,sfid,is,is-adm,kid,pr,pr-adm, with commas.') = 'fid',
     extractor: _option(str, help='The network that looks: inception, fashion_classifier, …') = 'inception',
     resize: _option(Optional[str], help='How the Inception scales pictures to its size, by name.') = None,
     size: _option(Optional[int], help='Scale the pictures of folders to this size first; default: as they are.') = None,

@@ -396,8 +396,9 @@ def _wishes(
     return tuple(dict.fromkeys(ask.values())), {what for m, what in ask.items() if METRICS[m][1]}
 
 # %% ../nbs/17e_measure.ipynb #b578576e
-def _known(metrics):
-    "The metrics asked for, each once"
+def _known(metrics, **least):
+    "The metrics asked for, each once; and the numbers that go with them, given as name=(number or None, least)"
+    for name, (v, low) in least.items(): require(v is None or v >= low, f'{name} must be at least {low}, got {v}')
     unknown = [m for m in metrics if m not in METRICS]
     require(metrics and not unknown, f'metrics {", ".join(unknown) or "none"}: choose among {", ".join(METRICS)}')
     return list(dict.fromkeys(metrics))
@@ -418,8 +419,8 @@ def _check(
     least = _least(metrics, k)
     require(not seen.name or seen.n is None or seen.n >= least, _too_few(side, seen.name, seen.n, metrics, least))
     missing = [m for m in metrics if METRICS[m][2] and METRICS[m][1] and seen.model is None]
-    require(not missing, f'{", ".join(missing)} compare pictures with each other, and the {side} is finished '
-            'statistics: give its pictures')
+    require(not missing, f'{", ".join(missing)}: every picture is compared with others, but the {side} is finished '
+            'statistics; give its pictures')
     for s in seen.statistics.values(): same_source(s, Statistics(fingerprint(model), preprocessing(model)))
     return seen
 
@@ -456,7 +457,9 @@ def measure(
     keep: str | Path | None = None, # a file for the statistics of the reference, .npz or .safetensors
 ) -> list:                          # of `Score`
     "Measure one heap of pictures against another: one pass over each, then every score with its circumstances"
-    metrics, model = _known(metrics), get_extractor(extractor)
+    metrics = _known(metrics, batch=(batch, 1), size=(size, 1), resamples=(resamples, 0), subset=(subset, 2), k=(k, 1))
+    model, keeps = get_extractor(extractor), Path(keep or 'x.npz').suffix in ('.npz', '.safetensors')
+    require(keeps, f'statistics are kept in .npz or .safetensors files, not in {keep}')
     watch = lambda side: lambda n, total: tell(side, n, total)
     sides = {'reference': real, 'heap to judge': fake}
     real, fake = (_opened(side, heap, model, size, metrics, k) for side, heap in sides.items())

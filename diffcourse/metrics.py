@@ -502,7 +502,7 @@ def get_extractor(
         return model if device is None else model.to(device)
     require(model in EXTRACTORS, f'extractor {model!r} is none of {", ".join(EXTRACTORS)}'
             + ('' if 'inception' in EXTRACTORS else '; more are known after "import diffcourse.inception"'))
-    return _loaded(model, str(device or default_device()), tuple(sorted(options.items())))
+    return _loaded(model, str(default_device(device)), tuple(sorted(options.items())))
 
 # %% ../nbs/17_metrics.ipynb #df8e7511
 def fingerprint(

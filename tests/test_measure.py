@@ -229,7 +229,7 @@ def test_saved_references(tmp_path):
     now = measure(x[:20], x[20:], ('fid', 'sfid'), model, resamples=0, keep=tmp_path / 'r.npz')
     again = measure(tmp_path / 'r.npz', x[20:], ('fid', 'sfid'), model, resamples=0)
     assert [s.value for s in now] == [s.value for s in again] and again[0].reference == now[0].reference
-    with pytest.raises(CourseError, match='kid compare pictures with each other'): measure(tmp_path / 'r.npz', x, ('kid',), model)
+    with pytest.raises(CourseError, match='kid: every picture is compared with others'): measure(tmp_path / 'r.npz', x, ('kid',), model)
     with pytest.raises(CourseError, match=f'extractor differs: .{fingerprint(model)}. against .eyes@'):
         measure(tmp_path / 'r.npz', x, extractor=Eyes(1))
     np.savez(tmp_path / 'adm.npz', mu=load_statistics(tmp_path / 'r.npz').mean, sigma=load_statistics(tmp_path / 'r.npz').cov)
@@ -246,7 +246,9 @@ def test_saved_references(tmp_path):
     (dict(metrics=('pr',), k=9, fake=pictures(9)), 'at least 10'),
     (dict(metrics=('fid', 'fud')), 'metrics fud: choose among fid, sfid, is'),
     (dict(metrics=()), 'metrics none'),
-    (dict(batch=0), 'batch must be at least 1'),
+    (dict(batch=0), 'batch must be at least 1'), (dict(size=0), 'size must be at least 1'), (dict(k=0), 'k must be at least 1'),
+    (dict(resamples=-1), 'resamples must be at least 0'), (dict(subset=1), 'subset must be at least 2'),
+    (dict(keep='statistics.txt'), 'kept in .npz or .safetensors files, not in statistics.txt'),
     (dict(fake=pictures(0)), 'has 0 pictures'),
     (dict(fake=iter(())), 'there are no pictures'),
     (dict(fake=torch.full((4, 3, 12, 12), math.nan)), 'pictures hold NaN'),
@@ -357,7 +359,7 @@ def test_command(garments, tmp_path):
 
 def test_command_refuses(garments, tmp_path):
     for args, message in (((garments[0], tmp_path / 'x'), 'neither there'), ((*garments, '--metrics', 'foo'), 'choose among'),
-                          ((*garments, '--resize', 'clean'), 'has no meaning'), ((*garments, '--batch', '0'), 'batch')):
+                          ((*garments, '--resize', 'clean'), 'has no meaning'), ((*garments, '--device', 'toaster'), 'toaster'), ((*garments, '--batch', '0'), 'batch')):
         done = run(*args, '--extractor', 'fashion_classifier')
         assert isinstance(done.exception, CourseError) and message in str(done.exception)
 
