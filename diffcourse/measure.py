@@ -396,9 +396,14 @@ def _wishes(
     return tuple(dict.fromkeys(ask.values())), {what for m, what in ask.items() if METRICS[m][1]}
 
 # %% ../nbs/17e_measure.ipynb #b578576e
-def _known(metrics, **least):
-    "The metrics asked for, each once; and the numbers that go with them, given as name=(number or None, least)"
-    for name, (v, low) in least.items(): require(v is None or v >= low, f'{name} must be at least {low}, got {v}')
+_LEAST = dict(batch=1, size=1, resamples=0, subset=2, k=1)
+
+def _known(metrics, keep, numbers):
+    "The metrics asked for, each once; refuses an unknown file type, and numbers below `_LEAST`"
+    fits = Path(keep or 'x.npz').suffix in ('.npz', '.safetensors')
+    require(fits, f'statistics are kept in .npz or .safetensors files, not in {keep}')
+    for (name, low), v in zip(_LEAST.items(), numbers):
+        require(v is None or v >= low, f'{name} must be at least {low}, got {v}')
     unknown = [m for m in metrics if m not in METRICS]
     require(metrics and not unknown, f'metrics {", ".join(unknown) or "none"}: choose among {", ".join(METRICS)}')
     return list(dict.fromkeys(metrics))
@@ -408,6 +413,7 @@ def _least(metrics, k): return max([2] + [k + 1 for m in metrics if m.startswith
 def _too_few(side, name, n, metrics, least):
     return f'the {side} ({name}) has {n} picture{"s" * (n != 1)}, {", ".join(metrics)} need at least {least}'
 
+# %% ../nbs/17e_measure.ipynb #1e0e4453
 def _check(
     seen: Seen,        # one side
     metrics: list,     # names in `METRICS`
@@ -457,9 +463,7 @@ def measure(
     keep: str | Path | None = None, # a file for the statistics of the reference, .npz or .safetensors
 ) -> list:                          # of `Score`
     "Measure one heap of pictures against another: one pass over each, then every score with its circumstances"
-    metrics = _known(metrics, batch=(batch, 1), size=(size, 1), resamples=(resamples, 0), subset=(subset, 2), k=(k, 1))
-    model, keeps = get_extractor(extractor), Path(keep or 'x.npz').suffix in ('.npz', '.safetensors')
-    require(keeps, f'statistics are kept in .npz or .safetensors files, not in {keep}')
+    metrics, model = _known(metrics, keep, (batch, size, resamples, subset, k)), get_extractor(extractor)
     watch = lambda side: lambda n, total: tell(side, n, total)
     sides = {'reference': real, 'heap to judge': fake}
     real, fake = (_opened(side, heap, model, size, metrics, k) for side, heap in sides.items())
