@@ -152,7 +152,8 @@ def metrics(
 ):
     "Measure pictures against real ones: each score with extractor, N, preprocessing and interval."
     from diffcourse import measure as m
-    wanted, model = [v.strip() for v in names.split(',') if v.strip()], m.extractor_for(extractor, device, resize)
+    wanted = [v.strip() for v in names.split(',') if v.strip()]
+    model = m.extractor_for(extractor, device, resize, logits=m.needs_logits(wanted))
     scores = m.measure(real, fake, wanted, model, batch, size, resamples, subset, tell=m.Ticker(), seed=seed,
                        keep=save_real)
     _print_scores(scores, json)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'Pictures', 'pictures_of', 'FairSample', 'Seen', 'collect', 'share_interval', 'measure', 'cautions',
-           'merged', 'across_processes', 'duration', 'Ticker', 'extractor_for']
+           'merged', 'across_processes', 'duration', 'Ticker', 'needs_logits', 'extractor_for']
 
 # %% ../nbs/17e_measure.ipynb #16cf91d5
 import hashlib, inspect, math, sys, time, zipfile
@@ -463,7 +463,8 @@ def measure(
     keep: str | Path | None = None, # a file for the statistics of the reference, .npz or .safetensors
 ) -> list:                          # of `Score`
     "Measure one heap of pictures against another: one pass over each, then every score with its circumstances"
-    metrics, model = _known(metrics, keep, (batch, size, resamples, subset, k)), get_extractor(extractor)
+    metrics, by_name = _known(metrics, keep, (batch, size, resamples, subset, k)), isinstance(extractor, str)
+    model = extractor_for(extractor, logits=needs_logits(metrics)) if by_name else get_extractor(extractor)
     watch = lambda side: lambda n, total: tell(side, n, total)
     sides = {'reference': real, 'heap to judge': fake}
     real, fake = (_opened(side, heap, model, size, metrics, k) for side, heap in sides.items())
@@ -540,15 +541,22 @@ class Ticker:
         self.said = now
 
 # %% ../nbs/17e_measure.ipynb #e4b68e45
+def needs_logits(
+    metrics: Iterable,   # names in `METRICS`
+) -> bool:
+    "Does any of these softmax the extractor's last layer?"
+    return any(METRICS[m][0] == 'logits' for m in metrics if m in METRICS)
+
 def extractor_for(
     name: str,                    # in `metrics.EXTRACTORS`
     device=None,                  # default: the best
     resize: str | None = None,    # how the extractor scales pictures, if it can do so in several ways
+    logits: bool = False,         # insist on weights that have the last layer, where there are others
 ) -> nn.Module:
     "An extractor by name, with its resizing chosen by name"
-    if resize is None: return get_extractor(name, device)
     require(name in EXTRACTORS, f'extractor {name!r} is none of {", ".join(EXTRACTORS)}')
     takes = inspect.signature(EXTRACTORS[name]).parameters
-    require('resize' in takes or any(p.kind == p.VAR_KEYWORD for p in takes.values()),
+    require(resize is None or 'resize' in takes or any(p.kind == p.VAR_KEYWORD for p in takes.values()),
             f'{name} takes pictures as they are: resize={resize!r} has no meaning for it')
-    return get_extractor(name, device, resize=resize)
+    options = ({'resize': resize} if resize else {}) | ({'logits': True} if logits and 'logits' in takes else {})
+    return get_extractor(name, device, **options)

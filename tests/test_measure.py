@@ -371,6 +371,15 @@ def test_resize_goes_to_extractors_that_know_it(monkeypatch):
     with pytest.raises(CourseError, match='no meaning'): extractor_for('fashion_classifier', 'cpu', 'bb')
 
 
+def test_a_score_of_logits_asks_for_weights_that_have_them(monkeypatch):
+    from diffcourse import metrics
+    asked = []
+    monkeypatch.setitem(metrics.EXTRACTORS, 'layered', lambda logits=False: asked.append(logits) or Eyes())
+    metrics._loaded.cache_clear()
+    for names in (('fid',), ('is',), ('pr', 'is-adm')): measure(pictures(), pictures(), names, 'layered', resamples=0)
+    assert asked == [False, True]   # the third is the second, kept
+
+
 def test_quantised_alike():
     assert quantise(pictures(3).float() / 127.5 - 1).equal(pictures(3))
     assert features(Eyes(), pictures(3)).shape == (3, 6)
