@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 
 import numpy as np
@@ -465,12 +465,11 @@ def measure(
     "Measure one heap of pictures against another: one pass over each, then every score with its circumstances"
     metrics, by_name = _known(metrics, keep, (batch, size, resamples, subset, k)), isinstance(extractor, str)
     model = extractor_for(extractor, logits=needs_logits(metrics)) if by_name else get_extractor(extractor)
-    watch = lambda side: lambda n, total: tell(side, n, total)
     sides = {'reference': real, 'heap to judge': fake}
     real, fake = (_opened(side, heap, model, size, metrics, k) for side, heap in sides.items())
-    a = _reference(real, model, _wishes(metrics, model, True), batch, size, watch('real'), keep)
+    a = _reference(real, model, _wishes(metrics, model, True), batch, size, partial(tell, 'real'), keep)
     _check(a, metrics, k, model, 'reference')
-    b = collect(fake, model, *_wishes(metrics, model, False), batch, size=size, tell=watch('fake'))
+    b = collect(fake, model, *_wishes(metrics, model, False), batch, size=size, tell=partial(tell, 'fake'))
     o, _ = dict(resamples=resamples, subset=subset, k=k, seed=seed), _check(b, metrics, k, model, 'heap to judge')
     return [score for m in metrics for score in METRICS[m][3](a, b, o)]
 
