@@ -130,7 +130,8 @@ def _print_scores(scores, as_json: bool) -> None:
         plain = [{k: _number(v) for k, v in asdict(s).items()} for s in scores]
         print(json.dumps(plain, ensure_ascii=False, indent=1))
     else:
-        print(Table([(s.name, s.value, s.low, s.high) for s in scores], ('score', 'value', '95 %: low', 'high')))
+        ends = lambda s: ('–', '–') if s.low != s.low else (s.low, s.high)
+        print(Table([(s.name, s.value, *ends(s)) for s in scores], ('score', 'value', '95 %: low', 'high')))
         for s in scores: print(f'\n{s}')
     for text in cautions(scores): print(f'diffcourse: {text}', file=sys.stderr)
 

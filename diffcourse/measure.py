@@ -478,7 +478,8 @@ def cautions(
     scores: list,  # of `Score`
 ) -> list:         # of sentences
     "What a reader should know before quoting these scores"
-    out, few = [], {s.n for s in scores if s.name.endswith('FID') and s.n < 10_000}
+    sides = [n for s in scores if s.name.endswith('FID') for n in (s.n, s.n_reference) if n is not None]
+    out, few = [], [n for n in sides if n < 10_000]
     if few:
         out.append(f'N = {min(few):,} is few for a Fréchet distance: its bias falls like 1/N, so compare only with '
                    'scores of the same N (papers use 50,000, and never fewer than 10,000)')
