@@ -130,7 +130,8 @@ def _print_scores(scores, as_json: bool) -> None:
         plain = [{k: _number(v) for k, v in asdict(s).items()} for s in scores]
         print(json.dumps(plain, ensure_ascii=False, indent=1))
     else:
-        print(Table([(s.name, s.value, s.low, s.high) for s in scores], ('score', 'value', '95 %: low', 'high')))
+        ends = lambda s: ('–', '–') if s.low != s.low else (s.low, s.high)
+        print(Table([(s.name, s.value, *ends(s)) for s in scores], ('score', 'value', '95 %: low', 'high')))
         for s in scores: print(f'\n{s}')
     for text in cautions(scores): print(f'diffcourse: {text}', file=sys.stderr)
 
@@ -139,7 +140,7 @@ def _print_scores(scores, as_json: bool) -> None:
 def metrics(
     real: _argument(str, 'The reference: a folder, an .npz, saved statistics, or a data set such as cifar10:test.'),
     fake: _argument(str, 'The pictures to judge: a folder, an .npz, or a data set.'),
-    names: _option(str, '--metrics', help='Any of fid,sfid,is,is-adm,kid,pr,pr-adm.') = 'fid',
+    names: _option(str, '--metrics', help='Any of fid,sfid,is,is-adm,kid,pr,pr-adm, with commas.') = 'fid',
     extractor: _option(str, help='The network that looks: inception, fashion_classifier, …') = 'inception',
     resize: _option(Optional[str], help='How the Inception scales pictures to its size, by name.') = None,
     size: _option(Optional[int], help='Scale the pictures of folders to this size first; default: as they are.') = None,
@@ -152,7 +153,8 @@ def metrics(
 ):
     "Measure pictures against real ones: each score with extractor, N, preprocessing and interval."
     from diffcourse import measure as m
-    wanted, model = [v.strip() for v in names.split(',') if v.strip()], m.extractor_for(extractor, device, resize)
+    wanted = [v.strip() for v in names.split(',') if v.strip()]
+    model = m.extractor_for(extractor, device, resize, logits=m.needs_logits(wanted))
     scores = m.measure(real, fake, wanted, model, batch, size, resamples, subset, tell=m.Ticker(), seed=seed,
                        keep=save_real)
     _print_scores(scores, json)

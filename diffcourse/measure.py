@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'Pictures', 'pictures_of', 'FairSample', 'Seen', 'collect', 'share_interval', 'measure', 'cautions',
-           'merged', 'across_processes', 'duration', 'Ticker', 'extractor_for']
+           'merged', 'across_processes', 'duration', 'Ticker', 'needs_logits', 'extractor_for']
 
 # %% ../nbs/17e_measure.ipynb #16cf91d5
 import hashlib, inspect, math, sys, time, zipfile
@@ -12,14 +12,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 # %% ../nbs/17e_measure.ipynb #425f569c
+from . import extractors, inception  # noqa: F401: they make their networks known by name
 from .core import CourseError, generator, require
 from .data import ImageSet, load, names, picture_files, read_picture
 from .metrics import (EXTRACTORS, Score, Statistics, bootstrap_frechet, fingerprint, frechet_distance,
@@ -201,7 +203,9 @@ class FairSample:
     ):
         self.limit, self.gen, self.kept, self.luck, self.n = limit, generator(seed), [], [], 0
 
-    def update(self, x: Tensor) -> None:
+    def update(self,
+        x: Tensor,   # rows, (B, ·)
+    ) -> None:
         "Let a batch take part"
         self.kept.append(x)
         self.luck.append(torch.rand(len(x), generator=self.gen))
@@ -215,10 +219,12 @@ class FairSample:
             rows, luck = rows[winners], luck[winners]
         self.kept, self.luck = [rows], [luck]
 
-    def rows(self) -> Tensor:
-        "The sample"
-        self._draw()
-        return self.kept[0]
+# %% ../nbs/17e_measure.ipynb #9e2823f8
+@patch
+def rows(self: FairSample) -> Tensor:
+    "The sample so far, (limit or fewer, ·)"
+    self._draw()
+    return self.kept[0]
 
 # %% ../nbs/17e_measure.ipynb #c33a07db
 @dataclass
@@ -243,9 +249,12 @@ def _pass(heap, model, wanted, rows, found, batch, tell, rank, world):
     for part in heap.parts(batch or getattr(model, 'batch', 250), rank, world):
         part = quantise(part).contiguous()   # one layout, so that the same pictures give the same bits
         hashed.update(part.cpu().numpy().tobytes())
-        for k, v in outputs(model, part, wanted, len(part)).items():
-            if k in found: found[k].update(v)
-            rows[k].update(v)
+        try:
+            for k, v in outputs(model, part, wanted, len(part)).items():
+                if k in found: found[k].update(v)
+                rows[k].update(v)
+        except CourseError as e:
+            raise CourseError(f'{heap.name}, pictures {n + 1:,} to {n + len(part):,} of this pass: {e}') from e
         n += len(part)
         if tell: tell(n, heap.total)
     require(n > 0, f'{heap.name}: there are no pictures')
@@ -329,7 +338,7 @@ def share_interval(
     return tuple((centre + side * half) / (1 + z * z / n) for side in (-1, 1))
 
 # %% ../nbs/17e_measure.ipynb #3554d73d
-def _inception_score(groups, words):
+def _inception_score(name, groups, words):
     "IS in one of the two conventions"
     def measure(real, fake, o):
         logits = fake.rows[fake.model.score_logits]
@@ -338,16 +347,17 @@ def _inception_score(groups, words):
         moved = mean - float(inception_score(logits)[0])
         ends = [end + moved for end in inception_score_interval(logits)]
         how = f'95 % over pictures; mean of {len(parts)} {words}, deviation between them {scatter:.2g}'
-        return [_score(real, fake, 'IS', mean, ends, how, False)]
+        return [_score(real, fake, name, mean, ends, how, False)]
     return measure
 
 def _kernel(real, fake, o):
     "KID"
     x, y = real.rows['features'], fake.rows['features']
-    size = min(o['subset'], len(x), len(y))
+    least = min(len(x), len(y))
+    size = o['subset'] if least > o['subset'] else max(2, least // 2)   # subsets of everything would not scatter
     values = kid(x, y, size=size)
     mean, scatter = float(values.mean()), float(values.std())
-    half = 1.96 * scatter * (size / min(len(x), len(y)))**.5
+    half = 1.96 * scatter * (size / (least - size))**.5 if least > size else math.nan
     how = f'95 %, from {len(values)} subsets of {size:,} that scatter by {scatter:.2g}'
     return [_score(real, fake, 'KID', mean, (mean - half, mean + half), how)]
 
@@ -357,16 +367,17 @@ def _neighbours(kind):
     def measure(real, fake, o):
         shares = precision_recall(real.rows['features'], fake.rows['features'], o['k'], kind)
         how = f"Wilson's 95 %, k = {o['k']}, {'Euclidean' if kind == 'euclid' else 'squared float16'} distances"
+        names = [what if kind == 'euclid' else f'{what} (ADM)' for what in ('precision', 'recall')]
         return [_score(real, fake, what, v, share_interval(v, n), how)
-                for what, v, n in zip(('precision', 'recall'), shares, (fake.n, real.n))]
+                for what, v, n in zip(names, shares, (fake.n, real.n))]
     return measure
 
 # %% ../nbs/17e_measure.ipynb #07cc5063
 METRICS = {   # name → (what is asked of the extractor, is every row needed, is the real side needed, function)
     'fid': ('features', False, True, _frechet('FID', 'features')),
     'sfid': ('spatial', False, True, _frechet('sFID', 'spatial')),
-    'is': ('logits', True, False, _inception_score(lambda n: groups_shuffled(n, min(10, n)), 'shuffled parts')),
-    'is-adm': ('logits', True, False, _inception_score(groups_in_order, 'parts of 5,000 in order')),
+    'is': ('logits', True, False, _inception_score('IS', lambda n: groups_shuffled(n, min(10, n)), 'shuffled parts')),
+    'is-adm': ('logits', True, False, _inception_score('IS (ADM)', groups_in_order, 'parts of 5,000 in order')),
     'kid': ('features', True, True, _kernel),
     'pr': ('features', True, True, _neighbours('euclid')),
     'pr-adm': ('features', True, True, _neighbours('adm'))}
@@ -385,6 +396,24 @@ def _wishes(
     return tuple(dict.fromkeys(ask.values())), {what for m, what in ask.items() if METRICS[m][1]}
 
 # %% ../nbs/17e_measure.ipynb #b578576e
+_LEAST = dict(batch=1, size=1, resamples=0, subset=2, k=1)
+
+def _known(metrics, keep, numbers):
+    "The metrics asked for, each once; refuses an unknown file type, and numbers below `_LEAST`"
+    fits = Path(keep or 'x.npz').suffix in ('.npz', '.safetensors')
+    require(fits, f'statistics are kept in .npz or .safetensors files, not in {keep}')
+    for (name, low), v in zip(_LEAST.items(), numbers):
+        require(v is None or v >= low, f'{name} must be at least {low}, got {v}')
+    unknown = [m for m in metrics if m not in METRICS]
+    require(metrics and not unknown, f'metrics {", ".join(unknown) or "none"}: choose among {", ".join(METRICS)}')
+    return list(dict.fromkeys(metrics))
+
+def _least(metrics, k): return max([2] + [k + 1 for m in metrics if m.startswith('pr')])
+
+def _too_few(side, name, n, metrics, least):
+    return f'the {side} ({name}) has {n} picture{"s" * (n != 1)}, {", ".join(metrics)} need at least {least}'
+
+# %% ../nbs/17e_measure.ipynb #1e0e4453
 def _check(
     seen: Seen,        # one side
     metrics: list,     # names in `METRICS`
@@ -393,14 +422,21 @@ def _check(
     side: str,         # what to call it
 ) -> Seen:             # the same
     "Enough pictures, the right kind of reference, one make of features"
-    least = max([2] + [k + 1 for m in metrics if m.startswith('pr')])
-    require(not seen.name or seen.n is None or seen.n >= least, f'the {side} ({seen.name}) has {seen.n} pictures, '
-            f'{", ".join(metrics)} need at least {least}')
+    least = _least(metrics, k)
+    require(not seen.name or seen.n is None or seen.n >= least, _too_few(side, seen.name, seen.n, metrics, least))
     missing = [m for m in metrics if METRICS[m][2] and METRICS[m][1] and seen.model is None]
-    require(not missing, f'{", ".join(missing)} compare pictures with each other, and the {side} is finished '
-            'statistics: give its pictures')
+    require(not missing, f'{", ".join(missing)}: every picture is compared with others, but the {side} is finished '
+            'statistics; give its pictures')
     for s in seen.statistics.values(): same_source(s, Statistics(fingerprint(model), preprocessing(model)))
     return seen
+
+# %% ../nbs/17e_measure.ipynb #ae9e3477
+def _opened(side, heap, model, size, metrics, k):
+    "A heap of pictures, looked at before the first pass: an hour's work should not end in a missing folder"
+    if isinstance(heap, Statistics) or _saved(heap): return heap
+    heap, least = pictures_of(heap, size, getattr(model, 'shape', (3,))[0] or 3), _least(metrics, k)
+    require(heap.total is None or heap.total >= least, _too_few(side, heap.name, heap.total, metrics, least))
+    return heap
 
 def _reference(real, model, wishes, batch, size, tell, keep):
     "The real side: nothing to see, statistics of earlier, or pictures, whose statistics may be kept"
@@ -427,13 +463,13 @@ def measure(
     keep: str | Path | None = None, # a file for the statistics of the reference, .npz or .safetensors
 ) -> list:                          # of `Score`
     "Measure one heap of pictures against another: one pass over each, then every score with its circumstances"
-    metrics, model = list(dict.fromkeys(metrics)), get_extractor(extractor)
-    unknown = [m for m in metrics if m not in METRICS]
-    require(metrics and not unknown, f'metrics {", ".join(unknown) or "none"}: choose among {", ".join(METRICS)}')
-    watch = lambda side: lambda n, total: tell(side, n, total)
-    a = _reference(real, model, _wishes(metrics, model, True), batch, size, watch('real'), keep)
+    metrics, by_name = _known(metrics, keep, (batch, size, resamples, subset, k)), isinstance(extractor, str)
+    model = extractor_for(extractor, logits=needs_logits(metrics)) if by_name else get_extractor(extractor)
+    sides = {'reference': real, 'heap to judge': fake}
+    real, fake = (_opened(side, heap, model, size, metrics, k) for side, heap in sides.items())
+    a = _reference(real, model, _wishes(metrics, model, True), batch, size, partial(tell, 'real'), keep)
     _check(a, metrics, k, model, 'reference')
-    b = collect(fake, model, *_wishes(metrics, model, False), batch, size=size, tell=watch('fake'))
+    b = collect(fake, model, *_wishes(metrics, model, False), batch, size=size, tell=partial(tell, 'fake'))
     o, _ = dict(resamples=resamples, subset=subset, k=k, seed=seed), _check(b, metrics, k, model, 'heap to judge')
     return [score for m in metrics for score in METRICS[m][3](a, b, o)]
 
@@ -442,7 +478,8 @@ def cautions(
     scores: list,  # of `Score`
 ) -> list:         # of sentences
     "What a reader should know before quoting these scores"
-    out, few = [], {s.n for s in scores if s.name.endswith('FID') and s.n < 10_000}
+    sides = [n for s in scores if s.name.endswith('FID') for n in (s.n, s.n_reference) if n is not None]
+    out, few = [], [n for n in sides if n < 10_000]
     if few:
         out.append(f'N = {min(few):,} is few for a Fréchet distance: its bias falls like 1/N, so compare only with '
                    'scores of the same N (papers use 50,000, and never fewer than 10,000)')
@@ -486,7 +523,11 @@ class Ticker:
     ):
         self.every, self.side, self.live = every, None, sys.stderr.isatty()
 
-    def __call__(self, side: str, n: int, total: int | None) -> None:
+    def __call__(self,
+        side: str,           # 'real', 'fake' …
+        n: int,              # pictures seen
+        total: int | None,   # of how many, if known
+    ) -> None:
         "Report `n` of `total` pictures of a side"
         now = time.monotonic()
         if side != self.side: self.side, self.start, self.before, self.said = side, now, n, -math.inf
@@ -500,15 +541,22 @@ class Ticker:
         self.said = now
 
 # %% ../nbs/17e_measure.ipynb #e4b68e45
+def needs_logits(
+    metrics: Iterable,   # names in `METRICS`
+) -> bool:
+    "Does any of these softmax the extractor's last layer?"
+    return any(METRICS[m][0] == 'logits' for m in metrics if m in METRICS)
+
 def extractor_for(
     name: str,                    # in `metrics.EXTRACTORS`
     device=None,                  # default: the best
     resize: str | None = None,    # how the extractor scales pictures, if it can do so in several ways
+    logits: bool = False,         # insist on weights that have the last layer, where there are others
 ) -> nn.Module:
     "An extractor by name, with its resizing chosen by name"
-    if resize is None: return get_extractor(name, device)
     require(name in EXTRACTORS, f'extractor {name!r} is none of {", ".join(EXTRACTORS)}')
     takes = inspect.signature(EXTRACTORS[name]).parameters
-    require('resize' in takes or any(p.kind == p.VAR_KEYWORD for p in takes.values()),
+    require(resize is None or 'resize' in takes or any(p.kind == p.VAR_KEYWORD for p in takes.values()),
             f'{name} takes pictures as they are: resize={resize!r} has no meaning for it')
-    return get_extractor(name, device, resize=resize)
+    options = ({'resize': resize} if resize else {}) | ({'logits': True} if logits and 'logits' in takes else {})
+    return get_extractor(name, device, **options)

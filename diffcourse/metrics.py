@@ -299,18 +299,27 @@ class Classifier(nn.Module):
     score_logits = 'logits'          # which of them an Inception Score softmaxes
     standard = False                 # the network and weights of the published scores?
 
-    def features(self, x: Tensor) -> Tensor:
+    def features(self,
+        x: Tensor,  # pictures, (B, C, H, W) in [-1, 1]
+    ) -> Tensor:
         "The last hidden layer, (B, D)"
         raise NotImplementedError(f'{type(self).__name__} has no features')
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self,
+        x: Tensor,  # pictures
+    ) -> Tensor:
         "Logits, (B, classes)"
         return self.head(self.features(x))
 
-    def outputs(self, x: Tensor, wanted=('features',)) -> dict:
-        "Some of what it `offers`, name → (B, ·), from one forward pass"
-        h = self.features(x)
-        return {k: h if k == 'features' else self.head(h) for k in wanted}
+# %% ../nbs/17_metrics.ipynb #e20fd740
+@patch
+def outputs(self: Classifier,
+    x: Tensor,              # pictures, (B, C, H, W) in [-1, 1]
+    wanted=('features',),   # names in `offers`
+) -> dict:                  # name → (B, ·)
+    "Some of what it `offers`, from one forward pass"
+    h = self.features(x)
+    return {k: h if k == 'features' else self.head(h) for k in wanted}
 
 # %% ../nbs/17_metrics.ipynb #b13e7546
 def _conv(a, b, k, stride=1):
@@ -321,7 +330,10 @@ class WindowClassifier(Classifier):
     "Windows that slide, then one hidden layer"
     side = 28   # pixels per side that the windows slide over
 
-    def __init__(self, width: int = 32, features: int = 64):
+    def __init__(self,
+        width: int = 32,     # channels of the first convolution
+        features: int = 64,  # numbers in the hidden layer
+    ):
         super().__init__()
         a, b, c = width, 2 * width, 3 * width
         self.body = nn.Sequential(*_conv(self.shape[0], a, 5, 2), *_conv(a, b, 3), nn.MaxPool2d(2),
@@ -329,7 +341,9 @@ class WindowClassifier(Classifier):
         self.hidden = nn.Linear((self.side // 8)**2 * c, features)
         self.head = nn.Linear(features, self.classes)
 
-    def features(self, x: Tensor) -> Tensor:
+    def features(self,
+        x: Tensor,  # pictures
+    ) -> Tensor:
         "The hidden layer, (B, features)"
         return F.silu(self.hidden(self.body(x).flatten(1)))
 
@@ -340,13 +354,18 @@ class FashionClassifier(WindowClassifier):
 # %% ../nbs/17_metrics.ipynb #4b170c83
 class MixerBlock(nn.Module):
     "Mix places, then mix channels: matrix products only (Tolstikhin et al. 2021)"
-    def __init__(self, places: int, channels: int):
+    def __init__(self,
+        places: int,    # patches of a picture
+        channels: int,  # numbers for each
+    ):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
         mlp = lambda n: nn.Sequential(nn.Linear(n, 2 * n), nn.GELU(), nn.Linear(2 * n, n))
         self.places, self.channels = mlp(places), mlp(channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self,
+        x: Tensor,  # patches, (B, places, channels)
+    ) -> Tensor:
         "(B, places, channels) → the same"
         x = x + self.places(self.norm1(x).transpose(1, 2)).transpose(1, 2)
         return x + self.channels(self.norm2(x))
@@ -356,14 +375,19 @@ class FashionJudge(Classifier):
     "The judge: 49 patches whose contents are mixed, 80 features"
     name = 'fashion_judge'
 
-    def __init__(self, features: int = 80, depth: int = 3):
+    def __init__(self,
+        features: int = 80,  # numbers for each patch
+        depth: int = 3,      # mixer blocks
+    ):
         super().__init__()
         self.patches = nn.Conv2d(1, features, 7, 4, 3)
         self.blocks = nn.Sequential(*[MixerBlock(49, features) for _ in range(depth)])
         self.norm = nn.LayerNorm(features)
         self.head = nn.Linear(features, self.classes)
 
-    def features(self, x: Tensor) -> Tensor:
+    def features(self,
+        x: Tensor,  # pictures
+    ) -> Tensor:
         "The mean over the patches, (B, features)"
         return self.norm(self.blocks(self.patches(x).flatten(2).transpose(1, 2))).mean(1)
 
@@ -421,7 +445,9 @@ def _batches(f, model, images, batch=None):
     if images.ndim == 4 and shape[0] == 3 and images.shape[1] == 1: images = images.expand(-1, 3, -1, -1)  # grey
     batch = getattr(model, 'batch', 250) if batch is None else batch
     fits = images.ndim == 4 and all(a in (None, b) for a, b in zip(shape, images.shape[1:]))
-    require(fits, f'{what} takes pictures (N, {", ".join(str(n or "any") for n in shape)}), got {tuple(images.shape)}')
+    fix = f'; scale them (folders: size={shape[1]}, on the command line --size {shape[1]})' if shape[1] else ''
+    takes = ', '.join(str(n or 'any') for n in shape)
+    require(fits, f'{what} takes pictures (N, {takes}), got {tuple(images.shape)}{fix}')
     require(len(images) > 0, 'no pictures were given')
     require(batch > 0, f'batch must be at least 1, got {batch}')
     device, was = next(model.parameters()).device, model.training
@@ -476,7 +502,7 @@ def get_extractor(
         return model if device is None else model.to(device)
     require(model in EXTRACTORS, f'extractor {model!r} is none of {", ".join(EXTRACTORS)}'
             + ('' if 'inception' in EXTRACTORS else '; more are known after "import diffcourse.inception"'))
-    return _loaded(model, str(device or default_device()), tuple(sorted(options.items())))
+    return _loaded(model, str(default_device(device)), tuple(sorted(options.items())))
 
 # %% ../nbs/17_metrics.ipynb #df8e7511
 def fingerprint(

@@ -21,7 +21,8 @@ OUT = NBS / 'images'
 FIGURES = {'rung_core': ('00_core', "f'contrast {c:.2f}'"), 'rung_weights': ('01a_weights', "'one scale a channel'"),
            'rung_train': ('02_train', "'their average'"), 'rung_layers': ('02a_layers', "ylabel='similarity of"),
            'rung_unet': ('07b_unet', 'draw(seen)'), 'rung_exact': ('08a_exact', "'best guess at x_0'"),
-           'rung_metrics': ('17_metrics', 'heaps.values()'), 'rung_zoo': ('18_zoo', 'figure, seconds = ladder()')}
+           'rung_metrics': ('17_metrics', 'heaps.values()'), 'rung_scores': ('17c_scores', "ax.plot(*x[:700].T"),
+           'rung_lab': ('17d_lab', "'1 / N', 'feature-FID of perfect samples'"), 'rung_zoo': ('18_zoo', 'figure, seconds = ladder()')}
 COLOURS = {'reproduced': (46, 139, 87), 'not measured yet': (200, 200, 200)}  # of a claim's tile; anything else is orange
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from diffcourse.core import CourseError, generator
 from diffcourse.data import ImageSet
-from diffcourse.measure import (METRICS, FairSample, Ticker, cautions, collect, duration, extractor_for, measure, merged,
+from diffcourse.measure import (METRICS, FairSample, Seen, Ticker, cautions, collect, duration, extractor_for, measure, merged,
                                 pictures_of, share_interval)
 from diffcourse.metrics import (Classifier, Statistics, feature_fid, features, fingerprint, load_statistics, outputs,
                                 preprocessing, quantise, save_statistics)
@@ -157,7 +157,41 @@ def test_the_sample_is_bounded_and_fair():
 def test_nan_features_stop_the_pass():
     class Broken(Eyes):
         def outputs(self, x, wanted=('features',)): return {k: v / 0 * 0 for k, v in super().outputs(x, wanted).items()}
-    with pytest.raises(CourseError, match='NaN or infinity'): measure(pictures(), pictures(), extractor=Broken())
+    with pytest.raises(CourseError, match='pictures, pictures 1 to 16 of this pass: 16 of 16 .* NaN or infinity'):
+        measure(pictures(), pictures(), extractor=Broken())
+
+
+@pytest.mark.parametrize('fake, message', [('nowhere', 'neither there'), (pictures(1), 'has 1 picture,'), (pictures()[0], 'must be')])
+def test_the_second_heap_is_looked_at_before_the_first_pass(fake, message):
+    "An hour's work should not end in a missing folder"
+    def never(): pytest.fail('the reference was read'); yield
+    with pytest.raises(CourseError, match=message): measure(never(), fake, extractor=Eyes())
+
+
+def test_the_interval_of_kid_covers():
+    "150 pairs of heaps: at least nine of ten intervals hold the mean of all estimates (with √(m/N) for √(m/(N−m)) 81 % did)"
+    g, model, found = generator(3), Eyes(), []
+    for _ in range(150):
+        x, y = (torch.randn(200, 6, generator=g) + shift for shift in (0, .3))
+        sides = [Seen('x', 200, {}, {'features': v}, model) for v in (x, y)]
+        found += METRICS['kid'][3](*sides, dict(subset=100))
+    values = torch.tensor([s.value for s in found]).double()
+    inside = sum(s.low <= values.mean() <= s.high for s in found) / 150
+    assert .9 <= inside <= .995, inside
+
+
+def test_kid_of_few_pictures_takes_half_of_them():
+    s, = measure(pictures(30), pictures(25, 1), ('kid',), Eyes())
+    assert 'subsets of 12' in s.how and s.low < s.value < s.high
+    s, = measure(pictures(2), pictures(2, 1), ('kid',), Eyes())
+    assert math.isnan(s.low) and 'no interval' in repr(s)
+
+
+def test_every_extractor_is_known_to_the_command():
+    "In a process of its own, that has imported nothing else"
+    probe = 'import diffcourse.measure; from diffcourse.metrics import EXTRACTORS; print(*EXTRACTORS)'
+    known = subprocess.run([sys.executable, '-c', probe], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
+    assert {'inception', 'cifar_resnet56', 'shapes_classifier', 'emoji_classifier', 'fashion_map'} <= set(known)
 
 
 # ---------------------------------------------------------------- scores
@@ -165,16 +199,17 @@ def test_nan_features_stop_the_pass():
 def test_measure_agrees_with_the_functions():
     model, real, fake = Eyes(), pictures(60), pictures(50, 1) // 2
     found = {s.name: s for s in measure(real, fake, METRICS, model, batch=60, resamples=30, subset=20)}
-    assert set(found) == {'feature-' + k for k in ('FID', 'sFID', 'IS', 'KID', 'precision', 'recall')}
+    both = ('IS', 'precision', 'recall')
+    assert set(found) == {'feature-' + k for k in ('FID', 'sFID', 'KID', *both, *(f'{b} (ADM)' for b in both))}
     a, b = (outputs(model, x, model.offers, 60) for x in (real, fake))
     assert found['feature-FID'].value == feature_fid(fake, real, model, resamples=0, batch=60).value
     assert found['feature-KID'].value == pytest.approx(float(kid(a['features'], b['features'], size=20).mean()))
     shares = precision_recall(a['features'], b['features'], kind='adm')
-    assert (found['feature-precision'].value, found['feature-recall'].value) == pytest.approx(shares)
-    assert found['feature-IS'].value == pytest.approx(float(inception_score(b['logits'], groups_in_order(50)).mean()))
+    assert (found['feature-precision (ADM)'].value, found['feature-recall (ADM)'].value) == pytest.approx(shares)
+    assert found['feature-IS (ADM)'].value == pytest.approx(float(inception_score(b['logits'], groups_in_order(50)).mean()))
     for s in found.values():
         assert s.low <= s.value <= s.high and s.extractor == fingerprint(model) and s.n == 50 and 'sha256' in s.data
-        assert s.preprocessing == preprocessing(model) and (s.n_reference == 60 or s.name == 'feature-IS')
+        assert s.preprocessing == preprocessing(model) and (s.n_reference == 60 or s.name.startswith('feature-IS'))
 
 
 def test_a_set_against_itself_is_zero():
@@ -194,7 +229,7 @@ def test_saved_references(tmp_path):
     now = measure(x[:20], x[20:], ('fid', 'sfid'), model, resamples=0, keep=tmp_path / 'r.npz')
     again = measure(tmp_path / 'r.npz', x[20:], ('fid', 'sfid'), model, resamples=0)
     assert [s.value for s in now] == [s.value for s in again] and again[0].reference == now[0].reference
-    with pytest.raises(CourseError, match='kid compare pictures with each other'): measure(tmp_path / 'r.npz', x, ('kid',), model)
+    with pytest.raises(CourseError, match='kid: every picture is compared with others'): measure(tmp_path / 'r.npz', x, ('kid',), model)
     with pytest.raises(CourseError, match=f'extractor differs: .{fingerprint(model)}. against .eyes@'):
         measure(tmp_path / 'r.npz', x, extractor=Eyes(1))
     np.savez(tmp_path / 'adm.npz', mu=load_statistics(tmp_path / 'r.npz').mean, sigma=load_statistics(tmp_path / 'r.npz').cov)
@@ -205,14 +240,17 @@ def test_saved_references(tmp_path):
 
 
 @pytest.mark.parametrize('how, message', [
-    (dict(fake=pictures(1)), r'heap to judge \(pictures, sha256 \w+\) has 1 pictures, fid need at least 2'),
-    (dict(real=pictures(1)), 'reference .* has 1 pictures'),
+    (dict(fake=pictures(1)), r'heap to judge \(pictures\) has 1 picture, fid need at least 2'),
+    (dict(real=pictures(1)), 'reference .* has 1 picture,'),
     (dict(metrics=('pr',), fake=pictures(3)), 'has 3 pictures, pr need at least 4'),
     (dict(metrics=('pr',), k=9, fake=pictures(9)), 'at least 10'),
     (dict(metrics=('fid', 'fud')), 'metrics fud: choose among fid, sfid, is'),
     (dict(metrics=()), 'metrics none'),
-    (dict(batch=0), 'batch must be at least 1'),
-    (dict(fake=pictures(0)), 'there are no pictures'),
+    (dict(batch=0), 'batch must be at least 1'), (dict(size=0), 'size must be at least 1'), (dict(k=0), 'k must be at least 1'),
+    (dict(resamples=-1), 'resamples must be at least 0'), (dict(subset=1), 'subset must be at least 2'),
+    (dict(keep='statistics.txt'), 'kept in .npz or .safetensors files, not in statistics.txt'),
+    (dict(fake=pictures(0)), 'has 0 pictures'),
+    (dict(fake=iter(())), 'there are no pictures'),
     (dict(fake=torch.full((4, 3, 12, 12), math.nan)), 'pictures hold NaN'),
     (dict(extractor='no_such_eye'), "'no_such_eye' is none of"),
     (dict(fake=pictures(5, size=9), real=pictures(5), extractor='fashion_classifier'), r'takes pictures \(N, 1, 28, 28\)')])
@@ -231,7 +269,8 @@ def test_cautions():
     texts = cautions([few])
     assert any('N = 40 is few' in t for t in texts) and any('published Inception' in t for t in texts)
     from dataclasses import replace
-    assert cautions([replace(few, n=10_000, name='FID')]) == []
+    many = replace(few, n=10_000, n_reference=10_000, name='FID')
+    assert cautions([many]) == [] and 'N = 40 is few' in cautions([replace(many, n_reference=40)])[0]
 
 
 def test_share_interval_is_wilsons():
@@ -321,7 +360,7 @@ def test_command(garments, tmp_path):
 
 def test_command_refuses(garments, tmp_path):
     for args, message in (((garments[0], tmp_path / 'x'), 'neither there'), ((*garments, '--metrics', 'foo'), 'choose among'),
-                          ((*garments, '--resize', 'clean'), 'has no meaning'), ((*garments, '--batch', '0'), 'batch')):
+                          ((*garments, '--resize', 'clean'), 'has no meaning'), ((*garments, '--device', 'toaster'), 'toaster'), ((*garments, '--batch', '0'), 'batch')):
         done = run(*args, '--extractor', 'fashion_classifier')
         assert isinstance(done.exception, CourseError) and message in str(done.exception)
 
@@ -331,6 +370,15 @@ def test_resize_goes_to_extractors_that_know_it(monkeypatch):
     monkeypatch.setitem(metrics.EXTRACTORS, 'sized', lambda resize='a': Eyes(seed=len(resize)))
     assert fingerprint(extractor_for('sized', 'cpu', 'bb')) == fingerprint(Eyes(2))
     with pytest.raises(CourseError, match='no meaning'): extractor_for('fashion_classifier', 'cpu', 'bb')
+
+
+def test_a_score_of_logits_asks_for_weights_that_have_them(monkeypatch):
+    from diffcourse import metrics
+    asked = []
+    monkeypatch.setitem(metrics.EXTRACTORS, 'layered', lambda logits=False: asked.append(logits) or Eyes())
+    metrics._loaded.cache_clear()
+    for names in (('fid',), ('is',), ('pr', 'is-adm')): measure(pictures(), pictures(), names, 'layered', resamples=0)
+    assert asked == [False, True]   # the third is the second, kept
 
 
 def test_quantised_alike():

@@ -21,7 +21,7 @@ MODULES = [m for m in LADDER if (ROOT / 'diffcourse' / f'{m}.py').exists()]
 CELL_LINES, LINE_LENGTH = 25, 120   # of a code cell: lines that are not blank, characters in each
 LONG_CELLS = set() # pages that are still to be cut to that size; shall become empty
 BARE_METHODS = set()           # modules with public methods that still lack their line; shall become empty
-FULLY_DOCUMENTED = {'core', 'shapes', 'data', 'weights', 'train', 'layers', 'ae', 'vae', 'unet', 'ddpm', 'exact', 'openai_unet', 'adm', 'zoo', 'cli'}  # modules whose public methods document their arguments too; shall become all
+FULLY_DOCUMENTED = {'core', 'shapes', 'data', 'weights', 'train', 'layers', 'metrics', 'inception', 'extractors', 'scores', 'measure', 'ae', 'vae', 'unet', 'ddpm', 'exact', 'openai_unet', 'iddpm', 'ddim', 'adm', 'cfg', 'zoo', 'cli'}  # modules whose public methods document their arguments too; shall become all
 HEAVY = {'matplotlib', 'torchvision', 'accelerate', 'PIL', 'huggingface_hub', 'scipy', 'diffusers', 'IPython', 'fastprogress'}
 
 
@@ -134,8 +134,13 @@ def test_links_between_notebooks_lead_somewhere():
 def imports_of(module):
     tree = ast.parse((ROOT / 'diffcourse' / f'{module}.py').read_text(encoding='utf-8'))
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith('diffcourse'): yield from [node.module.split('.')[1]] if '.' in node.module else [a.name for a in node.names]
+        if isinstance(node, ast.ImportFrom) and node.level == 1: yield from [node.module] if node.module else [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith('diffcourse'): yield from [node.module.split('.')[1]] if '.' in node.module else [a.name for a in node.names]
         if isinstance(node, ast.Import): yield from (a.name.split('.')[1] for a in node.names if a.name.startswith('diffcourse.'))
+
+
+def test_the_import_check_sees_what_nbdev_writes():
+    assert {'core', 'shapes'} <= set(imports_of('data'))   # as `from .core import …`
 
 
 @pytest.mark.parametrize('module', MODULES)
