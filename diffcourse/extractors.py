@@ -59,8 +59,10 @@ class AnySizeClassifier(WindowClassifier):
     shape, side = (3, None, None), 32
     preprocessing = 'rounded to 8 bits, scaled to [-1, 1], blocks averaged to 32×32 where larger'
 
-    def features(self, x: Tensor) -> Tensor:
-        "The hidden layer, (B, features)"
+    def features(self,
+        x: Tensor,  # (B, 3, H, W) in [-1, 1]
+    ) -> Tensor:    # (B, features)
+        "The hidden layer"
         h, w = x.shape[2:]
         n = self.side
         require(h == w and h % n == 0, f'{self.name} takes squares of {n}, {2 * n}, {3 * n} … pixels, got {h}×{w}')
@@ -70,7 +72,10 @@ class ShapesClassifier(AnySizeClassifier):
     "Answers questions about scenes of coloured shapes, 96 features"
     name, classes, offers = 'shapes_classifier', len(ATTRIBUTES), ('features', 'attributes')
 
-    def __init__(self, width: int = 24, features: int = 96): super().__init__(width, features)
+    def __init__(self,
+        width: int = 24,     # channels of the first layer
+        features: int = 96,  # of the hidden layer
+    ): super().__init__(width, features)
 
 class EmojiClassifier(AnySizeClassifier):
     "Names category and style of an emoji, 64 features"
@@ -146,15 +151,21 @@ for _kind in (ShapesClassifier, EmojiClassifier): register_extractor(_kind.name,
 # %% ../nbs/17b_extractors.ipynb #5406184a
 class ResidualBlock(nn.Module):
     "Two convolutions, added to their input (He et al. 2016, fig. 2)"
-    def __init__(self, a: int, b: int, stride: int = 1):
+    def __init__(self,
+        a: int,           # channels in
+        b: int,           # channels out
+        stride: int = 1,  # of the first convolution
+    ):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b)
         self.conv2, self.bn2 = nn.Conv2d(b, b, 3, 1, 1, bias=False), nn.BatchNorm2d(b)
         self.shortcut = nn.Sequential()
         if a != b: self.shortcut = nn.Sequential(nn.Conv2d(a, b, 1, stride, bias=False), nn.BatchNorm2d(b))
 
-    def forward(self, x: Tensor) -> Tensor:
-        "(B, a, H, W) → (B, b, H / stride, W / stride)"
+    def forward(self,
+        x: Tensor,  # (B, a, H, W)
+    ) -> Tensor:    # (B, b, H / stride, W / stride)
+        "Add what two convolutions make of x to x"
         h = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(h)) + self.shortcut(x))
 
@@ -163,7 +174,9 @@ class CifarResNet(Classifier):
     "ResNet-56 for the ten classes of CIFAR-10, 64 features"
     name, shape = 'cifar_resnet56', (3, 32, 32)
 
-    def __init__(self, blocks: int = 9):
+    def __init__(self,
+        blocks: int = 9,  # in each of the three stages
+    ):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
         for i, (a, b) in enumerate(((16, 16), (16, 32), (32, 64))):
@@ -171,8 +184,10 @@ class CifarResNet(Classifier):
             setattr(self, f'layer{i + 1}', nn.Sequential(*row))
         self.head = nn.Linear(64, 10)
 
-    def features(self, x: Tensor) -> Tensor:
-        "Means over the last 8×8 places, (B, 64)"
+    def features(self,
+        x: Tensor,  # (B, 3, 32, 32) in [-1, 1]
+    ) -> Tensor:    # (B, 64)
+        "Means over the last 8×8 places"
         h = F.relu(self.bn1(self.conv1((x + 1) / 2)))   # trained on pixels in [0, 1]
         return self.layer3(self.layer2(self.layer1(h))).mean((2, 3))
 
