@@ -874,4 +874,5 @@ d = { 'settings': { 'branch': 'main',
                                 'diffcourse.zoo.reached': ('zoo.html#reached', 'diffcourse/zoo.py'),
                                 'diffcourse.zoo.recipes': ('zoo.html#recipes', 'diffcourse/zoo.py'),
                                 'diffcourse.zoo.reconstruct': ('zoo.html#reconstruct', 'diffcourse/zoo.py'),
-                                'diffcourse.zoo.sample': ('zoo.html#sample', 'diffcourse/zoo.py')}}}
+                                'diffcourse.zoo.sample': ('zoo.html#sample', 'diffcourse/zoo.py'),
+                                'diffcourse.zoo.weights_of': ('zoo.html#weights_of', 'diffcourse/zoo.py')}}}

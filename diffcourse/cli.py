@@ -90,12 +90,13 @@ def sample(
     recipe: _argument(str, 'A recipe that generates: vae_fashion, ddpm_fashion, …'),
     n: OptNumber = 16,
     out: _option(Path, help='A PNG file.') = Path('samples.png'),
+    scale: _option(Optional[float], help='Guidance scale s of cfg_…: 1 none, more goes further.') = None,
     weights: OptWeights = None, seed: OptSeed = 0, device: OptDevice = None,
 ):
     "Draw new pictures from a trained network (its EMA weights) into one PNG."
     from diffcourse import zoo
     from diffcourse.core import default_device
-    save_grid(zoo.sample(recipe, n, seed, weights, default_device(device)), out)
+    save_grid(zoo.sample(recipe, n, seed, weights, default_device(device), scale), out)
 
 # %% ../nbs/18a_cli.ipynb #4348a229
 @app.command()

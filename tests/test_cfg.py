@@ -254,6 +254,30 @@ class TestTraining:
         assert 30e6 < sum(p.numel() for p in net.parameters()) < 50e6
 
 
+class TestZoo:
+    def test_a_scale_from_python_and_from_the_command_line(self, tmp_path, monkeypatch):
+        from typer.testing import CliRunner
+        from diffcourse import cli, weights, zoo
+        net = randomise(cfg.cfg_fashion.model(), generator(0))
+        path = weights.save_weights(tmp_path / 'w.safetensors', net, {'recipe': 'cfg_fashion'})
+        short = cfg.guided_sampler(ddpm.picture_denoiser, 10, 1, 28, 28, scale=2., steps=2)
+        monkeypatch.setattr(cfg.cfg_fashion, 'sample', short)
+        one, two = (zoo.sample('cfg_fashion', 2, 0, path, 'cpu', s) for s in (1., 4.))
+        assert one.shape == (2, 1, 28, 28) and not one.equal(two) and zoo.sample('cfg_fashion', 2, 0, path, 'cpu').equal(
+            zoo.sample('cfg_fashion', 2, 0, path, 'cpu', 2.))
+        ask = ['sample', 'cfg_fashion', '-n', '2', '--scale', '4', '--weights', str(path), '--device', 'cpu', '--out', str(tmp_path / 'a.png')]
+        assert CliRunner().invoke(cli.app, ask).exit_code == 0 and (tmp_path / 'a.png').exists()
+        with pytest.raises(CourseError, match='scale must be'): zoo.sample('cfg_fashion', 2, 0, path, 'cpu', -1.)
+        with pytest.raises(CourseError, match='no guidance scale; these have: .*cfg_fashion'): zoo.sample('ddpm_fashion', 2, 0, None, 'cpu', 2.)
+
+    def test_the_table_names_whose_weights_they_are(self):
+        from diffcourse import zoo
+        rows = {r[0]: r for r in zoo.recipes().rows}
+        for name, whose in cfg.SHARES.items():
+            assert zoo.weights_of(name) == whose and (whose in rows[name][3] or 'open' in rows[name][3])
+        assert 'open' in rows['cfg_cifar10'][3]
+
+
 class TestRepairs:
     def test_dynamic_threshold(self):
         x = torch.randn(4, 3, 8, 8, generator=generator(0)) * torch.tensor([.2, 1., 3., 10.])[:, None, None, None]
