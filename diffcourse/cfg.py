@@ -138,10 +138,10 @@ def _check_conditions(cond, null):
     given = ', '.join(f'{k}=…' for k in missing)
     require(not missing, f'classifier-free guidance compares with and without {", ".join(missing)}: sample(…, {given})')
 
-# %% ../nbs/12_cfg.ipynb #829d7231
+# %% ../nbs/12_cfg.ipynb #1becd125
 def classifier_free(
     scale: float | Callable,  # s, or a function of the Step; 1: no guidance (Ho & Salimans write w = s − 1)
-    /, *,
+    *,
     rescale: float = 0.,      # share φ of `match_std`, in [0, 1]
     together: bool = True,    # both branches in one batch of twice the size
     **null,                   # condition → what means "none" (see `nothing`), such as y=10
