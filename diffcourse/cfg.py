@@ -275,5 +275,5 @@ cfg_cifar10 = register(Recipe(
     loss=loss_dropping(loss_simple(cifar_denoiser(None), cond=('y',)), 10, .1),
     settings=dict(smoke=dict(steps=20, batch_size=2, lr=2e-4, warmup=4),
                   laptop=dict(steps=2000, batch_size=32, lr=4e-4, warmup=200, ema=.998, flip=True),
-                  gpu=dict(steps=24_000, batch_size=256, lr=4e-4, warmup=1000, ema=.9995, flip=True, compile=True)),
+                  gpu=dict(steps=15_000, batch_size=256, lr=4e-4, warmup=1000, ema=.9995, flip=True, compile=True)),
     sample=guided_sampler(cifar_denoiser, 10, 3, 32, 32, scale=1.3, steps=50)))

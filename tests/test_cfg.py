@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffcourse import adm, cfg, data, ddim, ddpm
-from diffcourse.core import CourseError, Draws, generator
+from diffcourse.core import CourseError, Draws, generator, to_uint8
 from diffcourse.ddpm import Denoiser, Schedule, ancestral, sample
 from diffcourse.exact import Mixture, exact_denoiser
 from diffcourse.openai_unet import UNetModel, randomise
@@ -267,6 +267,10 @@ class TestZoo:
             zoo.sample('cfg_fashion', 2, 0, path, 'cpu', 2.))
         ask = ['sample', 'cfg_fashion', '-n', '2', '--scale', '4', '--weights', str(path), '--device', 'cpu', '--out', str(tmp_path / 'a.png')]
         assert CliRunner().invoke(cli.app, ask).exit_code == 0 and (tmp_path / 'a.png').exists()
+        assert CliRunner().invoke(cli.app, [*ask[:-1], str(tmp_path / 'a.npz')]).exit_code == 0
+        from diffcourse.measure import pictures_of
+        drawn = next(iter(pictures_of(str(tmp_path / 'a.npz')).parts(8)))
+        assert drawn.shape == (2, 1, 28, 28) and drawn.equal(to_uint8(two))
         with pytest.raises(CourseError, match='scale must be'): zoo.sample('cfg_fashion', 2, 0, path, 'cpu', -1.)
         with pytest.raises(CourseError, match='no guidance scale; these have: .*cfg_fashion'): zoo.sample('ddpm_fashion', 2, 0, None, 'cpu', 2.)
 
