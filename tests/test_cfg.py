@@ -303,6 +303,17 @@ class TestRepairs:
         torch.testing.assert_close(std(full), std(c))
         torch.testing.assert_close(std(half), (std(c) + std(wide)) / 2)
 
+    def test_diffusers_agrees(self):
+        "Rescaling and dynamic thresholding, as diffusers' pipelines and schedulers compute them"
+        pytest.importorskip('diffusers')
+        from diffusers import DDPMScheduler
+        from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+        c, u = torch.randn(2, 6, 3, 8, 8, generator=generator(5))
+        wide = cfg.combine(c, u, 7.5)
+        torch.testing.assert_close(cfg.match_std(wide, c, .7), rescale_noise_cfg(wide, c, .7))
+        theirs = DDPMScheduler(thresholding=True, dynamic_thresholding_ratio=.9, sample_max_value=1e9)
+        torch.testing.assert_close(cfg.dynamic_threshold(.9)(wide), theirs._threshold_sample(wide))
+
     def test_the_hook_rescales(self):
         d, step = Denoiser(tiny(out=1), Schedule.linear()), Schedule.linear().steps()[500]
         x, y = torch.randn(3, 1, 8, 8, generator=generator(1)), torch.arange(3)
