@@ -22,8 +22,8 @@ from .adm import (FASHION_NULL, adm_emoji, class_mixture, cond_fashion, emoji_de
                             recognised)
 from .core import CourseError, require
 from .ddim import ddim
-from .ddpm import (Denoiser, Schedule, Step, clip_x0, device_of, loss_simple, picture_denoiser, sample,
-                             spread)
+from .ddpm import (Denoiser, Schedule, Step, clip_x0, device_of, eps_from_x0, loss_simple,
+                             picture_denoiser, sample, spread)
 from .exact import Mixture, exact_denoiser
 from .iddpm import loss_hybrid
 from .openai_unet import UNetModel
@@ -117,6 +117,12 @@ def match_std(
     ratio = cond.flatten(1).std(1) / guided.flatten(1).std(1)
     return spread(share * ratio + 1 - share, guided) * guided
 
+def _in_x0(denoiser, mean, cond, x, step, share):
+    "`match_std` of the guesses at x0, translated back into what the network predicts"
+    bare = replace(denoiser, variance='fixed_small')
+    x0 = match_std(*(bare.predict(raw, x, step).x0 for raw in (mean, cond)), share)
+    return denoiser.target(x0, eps_from_x0(x, x0, step.ᾱ), x, step)
+
 def _checked(scale):
     "A finite scale, not negative"
     ok = torch.as_tensor(scale).isfinite().all() and (torch.as_tensor(scale) >= 0).all()
@@ -143,12 +149,14 @@ def classifier_free(
     scale: float | Callable,  # s, or a function of the Step; 1: no guidance (Ho & Salimans write w = s − 1)
     *,
     rescale: float = 0.,      # share φ of `match_std`, in [0, 1]
+    on: str = 'raw',          # what is rescaled: 'raw', the network's output (as published), or 'x0'
     together: bool = True,    # both branches in one batch of twice the size
     **null,                   # condition → what means "none" (see `nothing`), such as y=10
 ) -> Callable:                # for `Denoiser.guided(raw=…)`
     "Go beyond the conditional answer, away from the unconditional one (Ho & Salimans 2022, algorithm 2)"
     require(null, 'say what means "no condition": classifier_free(scale, y=10) for a network whose label 10 was '
             'trained as the null class')
+    require(on in ('raw', 'x0'), f'rescaling acts on raw or on x0, not on {on!r}')
     if not callable(scale): _checked(scale)
     def guide(denoiser, x, step, cond):
         s = _checked(scale(step)) if callable(scale) else scale
@@ -159,7 +167,7 @@ def classifier_free(
         answers = [raw.to(x.dtype) for raw in two_answers(denoiser, x, step.t, cond, without, together)]
         a, b = (denoiser.mean_part(raw, x) for raw in answers)
         mean = combine(a, b, s)
-        if rescale: mean = match_std(mean, a, rescale)
+        if rescale: mean = match_std(mean, a, rescale) if on == 'raw' else _in_x0(denoiser, mean, a, x, step, rescale)
         return torch.cat([mean, answers[0][:, x.shape[1]:]], 1)
     return guide
 

@@ -254,6 +254,14 @@ class TestTraining:
         assert 30e6 < sum(p.numel() for p in net.parameters()) < 50e6
 
 
+    def test_rescaling_x0_is_the_same_in_every_language(self):
+        x, y, step = 2 * points(), torch.arange(50) % 3, LINE.steps()[60]
+        found = {p: language(p).guided(raw=cfg.classifier_free(8., rescale=.7, on='x0', y=3)).denoise(x, step, y=y).x0 for p in ddpm.PARAMETERIZATIONS}
+        c, u = (Denoiser(NET, LINE).denoise(x, step, y=v).x0 for v in (y, torch.full((50,), 3)))
+        for x0 in found.values(): torch.testing.assert_close(x0, cfg.match_std(cfg.combine(c, u, 8.), c, .7), rtol=1e-6, atol=1e-8)
+        with pytest.raises(ValueError, match='raw or on x0'): cfg.classifier_free(2., on='eps', y=3)
+
+
 class TestZoo:
     def test_a_scale_from_python_and_from_the_command_line(self, tmp_path, monkeypatch):
         from typer.testing import CliRunner
