@@ -117,8 +117,10 @@ def match_std(
     ratio = cond.flatten(1).std(1) / guided.flatten(1).std(1)
     return spread(share * ratio + 1 - share, guided) * guided
 
-def _in_x0(denoiser, mean, cond, x, step, share):
-    "`match_std` of the guesses at x0, translated back into what the network predicts"
+def _rescaled(denoiser, mean, cond, x, step, share, on):
+    "`match_std` of the answers, or of the guesses at x0, translated back into what the network predicts"
+    require(on in ('raw', 'x0'), f'rescaling acts on raw or on x0, not on {on!r}')
+    if on == 'raw': return match_std(mean, cond, share)
     bare = replace(denoiser, variance='fixed_small')
     x0 = match_std(*(bare.predict(raw, x, step).x0 for raw in (mean, cond)), share)
     return denoiser.target(x0, eps_from_x0(x, x0, step.ᾱ), x, step)
@@ -156,7 +158,6 @@ def classifier_free(
     "Go beyond the conditional answer, away from the unconditional one (Ho & Salimans 2022, algorithm 2)"
     require(null, 'say what means "no condition": classifier_free(scale, y=10) for a network whose label 10 was '
             'trained as the null class')
-    require(on in ('raw', 'x0'), f'rescaling acts on raw or on x0, not on {on!r}')
     if not callable(scale): _checked(scale)
     def guide(denoiser, x, step, cond):
         s = _checked(scale(step)) if callable(scale) else scale
@@ -165,9 +166,9 @@ def classifier_free(
         _check_null(denoiser.net, null)
         without = {**cond, **{k: nothing(cond[k], v) for k, v in null.items()}}
         answers = [raw.to(x.dtype) for raw in two_answers(denoiser, x, step.t, cond, without, together)]
-        a, b = (denoiser.mean_part(raw, x) for raw in answers)
-        mean = combine(a, b, s)
-        if rescale: mean = match_std(mean, a, rescale) if on == 'raw' else _in_x0(denoiser, mean, a, x, step, rescale)
+        cond_mean, other = (denoiser.mean_part(raw, x) for raw in answers)
+        mean = combine(cond_mean, other, s)
+        if rescale: mean = _rescaled(denoiser, mean, cond_mean, x, step, rescale, on)
         return torch.cat([mean, answers[0][:, x.shape[1]:]], 1)
     return guide
 

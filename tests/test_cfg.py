@@ -259,7 +259,8 @@ class TestTraining:
         found = {p: language(p).guided(raw=cfg.classifier_free(8., rescale=.7, on='x0', y=3)).denoise(x, step, y=y).x0 for p in ddpm.PARAMETERIZATIONS}
         c, u = (Denoiser(NET, LINE).denoise(x, step, y=v).x0 for v in (y, torch.full((50,), 3)))
         for x0 in found.values(): torch.testing.assert_close(x0, cfg.match_std(cfg.combine(c, u, 8.), c, .7), rtol=1e-6, atol=1e-8)
-        with pytest.raises(ValueError, match='raw or on x0'): cfg.classifier_free(2., on='eps', y=3)
+        wrong = Denoiser(NET, LINE).guided(raw=cfg.classifier_free(2., rescale=.5, on='eps', y=3))
+        with pytest.raises(ValueError, match='raw or on x0'): wrong.denoise(x, step, y=y)
 
 
 class TestZoo:
