@@ -241,19 +241,19 @@ cfg_fashion = register(replace(
     cond_fashion, name='cfg_fashion', about='the network of cond_fashion, guided by its own null label',
     sample=guided_sampler(picture_denoiser, FASHION_NULL, 1, 28, 28, scale=2.), evaluate=evaluate_guided))
 
-# %% ../nbs/12_cfg.ipynb #6dbfbe10
+# %% ../nbs/12_cfg.ipynb #cd030da4
 EMOJI_NULL = 18  # the label that means "no label": the number of kinds times styles
 
 def emoji_with_null() -> UNetModel:
-    "ADM's emoji network with one label more"
+    "ADM's emoji network, with the null among its labels"
     return UNetModel(**vars(adm_emoji.model().config) | dict(num_classes=EMOJI_NULL + 1))
 
 cfg_emoji = register(replace(
-    adm_emoji, name='cfg_emoji', about='emoji by kind and style, labels dropped with probability 0.15, guided',
+    adm_emoji, name='cfg_emoji', about='the network of adm_emoji, guided by its own null label',
     model=emoji_with_null, loss=loss_dropping(loss_hybrid(emoji_denoiser(None), cond=('y',)), EMOJI_NULL),
     sample=guided_sampler(emoji_denoiser, EMOJI_NULL, 3, 32, 32, scale=2., steps=50)))
 
-SHARES = {'cfg_fashion': 'cond_fashion'}  # recipe → the one whose weights it uses
+SHARES = {'cfg_fashion': 'cond_fashion', 'cfg_emoji': 'adm_emoji'}  # recipe → the one whose weights it uses
 
 # %% ../nbs/12_cfg.ipynb #3947e204
 def cifar_denoiser(
