@@ -237,7 +237,7 @@ def evaluate_guided(
 
 cfg_fashion = register(replace(
     cond_fashion, name='cfg_fashion', about='the network of cond_fashion, guided by its own null label',
-    sample=guided_sampler(picture_denoiser, FASHION_NULL, 1, 28, 28, scale=2.), evaluate=evaluate_guided))
+    sample=guided_sampler(picture_denoiser, FASHION_NULL, 1, 28, 28, scale=3.), evaluate=evaluate_guided))
 
 # %% ../nbs/12_cfg.ipynb #4f0e7890
 cfg_emoji = register(replace(
