@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 # %% ../nbs/18_zoo.ipynb #f8492682
-from . import adm, ae, cfg, ddim, ddpm, extractors, iddpm, metrics, vae  # importing a chapter registers its recipes
+from . import adm, ae, cfg, ddim, ddpm, extractors, iddpm, metrics, vae  # importing registers
 from .core import CourseError, Table, atomic_write, budget, default_device, image_grid, require, to_float
 from .data import ImageSet, fashion_mnist
 from .train import RECIPES, Recipe, find_recipe, train_recipe
