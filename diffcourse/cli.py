@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'weights_app', 'OptBudget', 'OptDevice', 'OptWeights', 'OptSeed', 'OptNumber', 'train', 'save_grid',
-           'sample', 'reconstruct', 'metrics', 'data_get', 'data_verify', 'weights_list', 'weights_verify', 'notebooks',
-           'doctor', 'demo', 'main']
+           'save_bytes', 'sample', 'reconstruct', 'metrics', 'data_get', 'data_verify', 'weights_list',
+           'weights_verify', 'notebooks', 'doctor', 'demo', 'main']
 
 # %% ../nbs/18a_cli.ipynb #3aa9077e
 import importlib, os, shutil, sys, tempfile, time
@@ -84,18 +84,30 @@ def save_grid(
     with atomic_write(path) as tmp: grid.save(tmp, 'PNG')
     print(f'{len(x)} pictures of {x.shape[-1]}×{x.shape[-2]} in {path}')
 
+def save_bytes(
+    x,           # pictures, (B, C, H, W) in [-1, 1]
+    path: Path,  # of an .npz file
+) -> None:
+    "Write a batch as bytes, (B, H, W, C), which `diffcourse metrics` and ADM's evaluator read"
+    import numpy as np
+    from diffcourse.core import atomic_write, to_uint8
+    with atomic_write(path) as tmp, open(tmp, 'wb') as file: np.savez(file, to_uint8(x).permute(0, 2, 3, 1).numpy())
+    print(f'{len(x)} pictures of {x.shape[-1]}×{x.shape[-2]} in {path}')
+
 # %% ../nbs/18a_cli.ipynb #03f6c3d4
 @app.command()
 def sample(
     recipe: _argument(str, 'A recipe that generates: vae_fashion, ddpm_fashion, …'),
     n: OptNumber = 16,
-    out: _option(Path, help='A PNG file.') = Path('samples.png'),
+    out: _option(Path, help='A PNG file, or an .npz of bytes for `metrics`.') = Path('samples.png'),
+    scale: _option(Optional[float], help='Guidance scale s of cfg_…: 1 none, more goes further.') = None,
     weights: OptWeights = None, seed: OptSeed = 0, device: OptDevice = None,
 ):
-    "Draw new pictures from a trained network (its EMA weights) into one PNG."
+    "Draw new pictures from a trained network (its EMA weights) into one PNG, or an .npz."
     from diffcourse import zoo
     from diffcourse.core import default_device
-    save_grid(zoo.sample(recipe, n, seed, weights, default_device(device)), out)
+    save = save_bytes if out.suffix == '.npz' else save_grid
+    save(zoo.sample(recipe, n, seed, weights, default_device(device), scale), out)
 
 # %% ../nbs/18a_cli.ipynb #4348a229
 @app.command()

@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffcourse import adm, ddim, ddpm, iddpm, inception, layers, metrics, openai_unet, scores, train, unet
+from diffcourse import adm, cfg, ddim, ddpm, iddpm, inception, layers, metrics, openai_unet, scores, train, unet
 from diffcourse.core import CourseError, require
 
 HERE = Path(__file__).resolve().parent
@@ -422,6 +422,50 @@ def sampling_loops(g):
             η = float(name.removeprefix('ddim_eta'))
             out[name] = last(ddim.ddim(d, path, i['x_T'], noises=i['noises'], eta=η))
     return out
+
+
+def latent_schedule(c):
+    "Latent diffusion's schedule: betas evenly spaced in their square roots; and DDIM's path on it, which ends at the first ᾱ instead of 1"
+    start, end, T = (float(v) for v in (c.get('linear_start', .00085), c.get('linear_end', .012), c.get('T', 1000)))
+    s = ddpm.Schedule(torch.linspace(start ** .5, end ** .5, int(T), dtype=torch.float64) ** 2)
+    kept = [t + 1 for t in range(0, int(T), int(T) // c['S'])]
+    return s, s.steps(kept, final=float(s.alphas_cumprod[0]))
+
+
+def guided_latents(g, parameterization='eps'):
+    "Latent diffusion's denoiser with a closed-form model, guided by an unconditional context; its path; the times it was told"
+    i, c, seen = g.inputs, g.config, []
+    s, path = latent_schedule(c)
+    model = formula(c['model'])
+    def net(x, t, context):
+        seen.append(t[:len(i['x_T'])])
+        return model(x, t, c=context)
+    scale = float(c.get('unconditional_guidance_scale', c.get('scale')))
+    d = ddpm.Denoiser(net, s, parameterization)
+    return d, d.guided(raw=cfg.classifier_free(scale, context=i['uc'])), path, seen
+
+
+@family('ldm_samplers')
+def ldm_samplers(g):
+    "Loops of latent diffusion's DDIM with classifier-free guidance; PLMS, the continuous DPM-Solver and img2img come with that chapter"
+    i, (plain, guided, path, seen), out = g.inputs, guided_latents(g), {}
+    for name in g.outputs:
+        if name.startswith('ddim_eta') and not name.endswith('_trajectory'):
+            seen.clear()
+            states = list(ddim.ddim(guided, path, i['x_T'], noises=i['noises'], eta=float(name.removeprefix('ddim_eta')), context=i['c']))
+            out |= {name: states[-1], f'{name}_trajectory': torch.stack([i['x_T'], *states]), 'ddim_timesteps_seen': torch.stack(seen).float()}
+    if 'ddim_noguide' in g.outputs: out['ddim_noguide'] = last(ddim.ddim(plain, path, i['x_T'], context=i['c']))
+    return out
+
+
+@family('sd2_v_prediction')
+def sd2_v_prediction(g):
+    "The rotation between x0, ε and v; guidance applied to v"
+    i, (_, guided, path, _) = g.inputs, guided_latents(g, 'v')
+    ᾱ = guided.schedule.alphas_cumprod[i['t']]
+    return dict(get_v=ddpm.v_from_x0_eps(i['x'], i['noise'], ᾱ), predict_start_from_z_and_v=ddpm.x0_from_v(i['x'], i['v'], ᾱ),
+                predict_eps_from_z_and_v=ddpm.eps_from_v(i['x'], i['v'], ᾱ),
+                ddim10=last(ddim.ddim(guided, path, i['x_T'], context=i['c'])))
 
 
 @family('k_diffusion')
