@@ -11,6 +11,7 @@ import argparse
 import json
 import platform
 import random
+import re
 import resource
 import statistics
 import sys
@@ -200,6 +201,13 @@ def report(result, batch) -> str:
     return '\n'.join(rows)
 
 
+def peak_memory() -> float:
+    "Peak resident memory of this process in MB: VmHWM where there is a /proc, as ru_maxrss there remembers the parent's"
+    status = Path('/proc/self/status')
+    if not status.exists(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == 'darwin' else 1e3)
+    return int(re.search(r'VmHWM:\s+(\d+)', status.read_text())[1]) / 1e3
+
+
 def peak_of(name, batch, rounds=3) -> float:
     "Peak memory in MB of a contender alone, in a process of its own"
     import subprocess
@@ -228,7 +236,7 @@ def main():
     if a.alone:
         step = table[a.alone]()
         for _ in range(a.rounds): step()
-        return print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+        return print(peak_memory())
     result = measure(table, a.batch, a.rounds)
     flops, peak = flops_per_image(), convolution_peak()
     speed = a.batch / statistics.median(result['seconds']['diffcourse, defaults'])
