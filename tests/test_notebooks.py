@@ -21,7 +21,7 @@ MODULES = [m for m in LADDER if (ROOT / 'diffcourse' / f'{m}.py').exists()]
 CELL_LINES, LINE_LENGTH = 25, 120   # of a code cell: lines that are not blank, characters in each
 LONG_CELLS = set() # pages that are still to be cut to that size; shall become empty
 BARE_METHODS = set()           # modules with public methods that still lack their line; shall become empty
-FULLY_DOCUMENTED = {'core', 'shapes', 'data', 'weights', 'train', 'layers', 'ae', 'vae', 'unet', 'ddpm', 'exact', 'zoo', 'cli'}  # modules whose public methods document their arguments too; shall become all
+FULLY_DOCUMENTED = {'core', 'shapes', 'data', 'weights', 'train', 'layers', 'ae', 'vae', 'unet', 'ddpm', 'exact', 'iddpm', 'ddim', 'zoo', 'cli'}  # modules whose public methods document their arguments too; shall become all
 HEAVY = {'matplotlib', 'torchvision', 'accelerate', 'PIL', 'huggingface_hub', 'scipy', 'diffusers', 'IPython', 'fastprogress'}
 
 
