@@ -199,7 +199,7 @@ def gradient_noise(
     batches: Iterable[dict],     # one minibatch for each draw
     seed: int = 0,               # of the draws
     length: float | None = None, # squared length of the mean gradient, where a less noisy loss has measured it better
-) -> tuple[float, list[float], float]: # total variance of the gradient over the squared length of its mean; losses; length
+) -> tuple[float, list[float], float]: # total variance of the gradient over the squared length; losses; length
     "How noisy a loss's minibatch gradient is (the reciprocal of a signal-to-noise ratio)"
     params, total, square, losses = [p for p in model.parameters() if p.requires_grad], 0., 0., []
     for i, batch in enumerate(batches):
