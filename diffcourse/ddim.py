@@ -234,4 +234,5 @@ def fast_sampler(
 # %% ../nbs/10_ddim.ipynb #e3recipe1
 ddim_fashion = register(replace(
     ddpm_fashion, name='ddim_fashion',
-    about='ddpm_fashion, drawn by DDIM in 50 steps: nothing to train, the same weights', sample=fast_sampler(1, 28, 28)))
+    about='ddpm_fashion, drawn by DDIM in 50 steps: nothing to train, the same weights',
+    sample=fast_sampler(1, 28, 28)))
