@@ -1,7 +1,7 @@
 """Drawing pictures: this package against diffusers' pipelines, side by side in one process; and quality against time.
 
     python benchmarks/sampling.py [--n 16] [--steps 20] [--rounds 7] [--threads N] [--json FILE]
-    python benchmarks/sampling.py --quality [--samples 500]     # feature-FID and seconds by sampler and number of steps
+    python benchmarks/sampling.py --quality [--samples 500] [--passes 5 10 20 50] [--plot FILE.png]   # feature-FID and time by sampler
 
 Both draw with the same network and the same weights (the shipped ddpm_fashion, renamed for diffusers' UNet2DModel), in equally many
 passes. Every round runs every contender once, in another order, and medians are reported, so that a busy machine is busy for all.
@@ -110,7 +110,7 @@ def report(result, n) -> str:
     return '\n'.join(rows + ['', f'Largest difference between the two DDIM pictures of one seed: {result["largest_difference"]:.1e}'])
 
 
-def quality(samples, counts=(5, 10, 20, 50)) -> list:
+def quality(samples, counts) -> list:
     "Feature-FID and seconds a picture by sampler and number of passes"
     device, net = default_device(), network()
     net, rows = net.to(device, memory_format=torch.channels_last), []
@@ -129,6 +129,23 @@ def quality(samples, counts=(5, 10, 20, 50)) -> list:
     return rows
 
 
+def plot(rows, path):
+    "Feature-FID against milliseconds a picture, one line for each sampler; the numbers are passes"
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(6, 3.4), dpi=96)
+    ax = fig.subplots()
+    for name in dict.fromkeys(r['sampler'] for r in rows):
+        mine = [r for r in rows if r['sampler'] == name]
+        line, = ax.plot([1000 * r['seconds'] for r in mine], [r['fid'] for r in mine], 'o-', ms=4, label=name)
+        for r in mine: ax.annotate(r['passes'], (1000 * r['seconds'], r['fid']), (3, 4), textcoords='offset points', fontsize=8, color=line.get_color())
+    ax.set(xscale='log', yscale='log', xlabel='milliseconds a picture, one CPU thread' if torch.get_num_threads() == 1 else 'milliseconds a picture',
+           ylabel='feature-FID')
+    ax.legend(fontsize=8)
+    ax.grid(alpha=.3, which='both')
+    fig.tight_layout()
+    fig.savefig(path)
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description='Drawing pictures, against diffusers')
     p.add_argument('--n', type=int, default=16)
@@ -137,11 +154,14 @@ def main(argv=None):
     p.add_argument('--threads', type=int)
     p.add_argument('--quality', action='store_true')
     p.add_argument('--samples', type=int, default=500)
+    p.add_argument('--passes', type=int, nargs='+', default=(5, 10, 20, 50))
+    p.add_argument('--plot', type=Path)
     p.add_argument('--json', type=Path)
     a = p.parse_args(argv)
     if a.threads: torch.set_num_threads(a.threads)
     if a.quality:
-        rows = quality(a.samples)
+        rows = quality(a.samples, a.passes)
+        if a.plot: plot(rows, a.plot)
         print('\n'.join(['| sampler | passes | ms a picture | feature-FID | 95 % |', '|---|---:|---:|---:|---|'] + [
             f"| {r['sampler']} | {r['passes']} | {1000 * r['seconds']:.0f} | {r['fid']:.2f} | {r['low']:.2f} … {r['high']:.2f} |" for r in rows]))
     else: print(report(rows := measure(contenders(a.n, a.steps), a.rounds), a.n))

@@ -522,7 +522,7 @@ def normal_kl(
     log_variance2: Tensor,  # of the second
 ) -> Tensor:                               # nats, elementwise
     "KL divergence between two Gaussians, number by number"
-    return .5 * (log_variance2 - log_variance1 + (log_variance1 - log_variance2).exp() - 1
+    return .5 * (-1 + log_variance2 - log_variance1 + (log_variance1 - log_variance2).exp()
                  + (mean1 - mean2).square() * (-log_variance2).exp())
 
 # %% ../nbs/08_ddpm.ipynb #3d0ce149

@@ -1,6 +1,6 @@
 """Measure claims DDIM-1 … DDIM-4 with the shipped ddpm_fashion network: nothing is trained
 
-    python scripts/claims_ddim.py --budget laptop --out ddim.json
+    python scripts/claims_ddim.py --budget laptop --out ddim.json [--only DDIM-3 DDIM-4]
 
 Writes {'DDIM-1': {'numbers': …, 'budget': …, 'device': …, 'seeds': …, …}, …}; the rules are in data/claims/rules.json, older
 than the numbers. Samples of every kind start from the same x_T, one set for each sampling seed.
@@ -24,7 +24,7 @@ from diffcourse.weights import load_weights, shipped
 # the names 10 … 1000 in the rules are step counts; at the smoke budget fewer steps stand in for them
 SETTINGS = {
     'smoke': dict(samples=6, steps={10: 2, 20: 3, 50: 4, 100: 5}, full=6, pairs=4, pictures=4, batch=32),
-    'laptop': dict(samples=170, steps={n: n for n in (10, 20, 50, 100)}, full=1000, pairs=16, pictures=64, batch=64),
+    'laptop': dict(samples=120, steps={n: n for n in (10, 20, 50, 100)}, full=1000, pairs=8, pictures=32, batch=64),
     'gpu': dict(samples=2000, steps={n: n for n in (10, 20, 50, 100)}, full=1000, pairs=2000, pictures=512, batch=2000),
 }
 SCHEDULE = Schedule.linear()
@@ -66,7 +66,7 @@ class Judge:
 def samples(denoiser, s, starts, say) -> dict:
     "(η, sequence, steps, sampler) → pictures of each seed"
     few = s['steps']
-    wanted = [(0., 'quadratic', n, ddim) for n in few.values()] + [(η, 'quadratic', few[10], ddim) for η in (.2, .5, 1.)]
+    wanted = [(0., 'quadratic', n, ddim) for n in few.values()] + [(η, 'quadratic', few[10], ddim) for η in (.5, 1.)]
     wanted += [(1., 'quadratic', few[20], ddim)] + [(0., 'even', few[n], ddim) for n in (10, 20)]
     wanted += [(0., 'quadratic', few[n], dpm_2m) for n in (10, 20)]
     out = {}
@@ -106,15 +106,10 @@ def exact_errors() -> dict:
     return worst
 
 
-def measure(level, seeds, device) -> dict:
-    "All claims: numbers, and the tables they rest on"
-    s, began, few = SETTINGS[level], time.perf_counter(), SETTINGS[level]['steps']
-    say = lambda what: print(f'{time.perf_counter() - began:6.0f} s  {what}', file=sys.stderr, flush=True)
-    net = ddpm_fashion.model().eval()
-    if shipped('ddpm_fashion'): net = load_weights('ddpm_fashion', net)
-    denoiser = Denoiser(net.to(device, memory_format=torch.channels_last), SCHEDULE)   # x0 is not clipped, as in the paper's code
-    starts = [torch.randn(s['samples'], 1, 28, 28, generator=generator(1000 * seed)).to(device) for seed in seeds]
-    drawn, judge = samples(denoiser, s, starts, say), Judge(device)
+def of_samples(denoiser, s, starts, judge, say) -> tuple[dict, list]:
+    "DDIM-1, 1b and 2, and the table they rest on"
+    few = s['steps']
+    drawn = samples(denoiser, s, starts, say)
     table = [judge.row(η, f'{sequence}, 2M' if sampler == 'dpm_2m' else sequence, n, p) for (η, sequence, n, sampler), p in drawn.items()]
     row = {(r['eta'], r['steps']): r for r in table if r['sequence'] == 'quadratic'}
     f = {n: judge.features(torch.cat(drawn[0., 'quadratic', few[n], 'ddim'])) for n in few}
@@ -122,19 +117,33 @@ def measure(level, seeds, device) -> dict:
     control = apart(f[100], f[100].roll(1, 0))
     full = judge.features(ends(denoiser, path_of('quadratic', s['full']), starts[0][:s['pairs']], batch=s['batch']))
     say(f"ddim η=0 {s['full']} steps for {s['pairs']} samples")
-    errors = trips(denoiser, s, device)
-    say('round trips')
     half = [(row[η, few[n]]['high'] - row[η, few[n]]['low']) / 2 for η in (0., 1.) for n in (10, 20)]
-    numbers = {
-        'DDIM-1': {f'fid_{n}': row[0., few[n]]['fid'] for n in few} | {'near_1000': apart(f[100][:len(full)], full) / control},
-        'DDIM-1b': {f'eta{int(η)}_{n}': row[η, few[n]]['fid'] for η in (0., 1.) for n in (10, 20)} | {'spread': max(half)},
-        'DDIM-2': {f'same_{n}': apart(f[n], f[100]) for n in (10, 20, 50)} | {'control': control},
-        'DDIM-3': {f'mse_{n}': e for n, e in errors.items()},
-        'DDIM-4': exact_errors()}
-    common = dict(budget=level, device=device_name(device), seeds=len(seeds), samples=s['samples'] * len(seeds), pictures=s['pictures'],
-                  network='ddpm_fashion' if shipped('ddpm_fashion') else 'untrained', extractor=judge.name,
-                  reference=data.fashion_mnist('train').name, seconds=round(time.perf_counter() - began, 1))
-    return {id: {'numbers': n, **common} | ({'table': table} if id == 'DDIM-1' else {}) for id, n in numbers.items()}
+    return {'DDIM-1': {f'fid_{n}': row[0., few[n]]['fid'] for n in few} | {'near_1000': apart(f[100][:len(full)], full) / control},
+            'DDIM-1b': {f'eta{int(η)}_{n}': row[η, few[n]]['fid'] for η in (0., 1.) for n in (10, 20)} | {'spread': max(half)},
+            'DDIM-2': {f'same_{n}': apart(f[n], f[100]) for n in (10, 20, 50)} | {'control': control}}, table
+
+
+IDS = ('DDIM-1', 'DDIM-1b', 'DDIM-2', 'DDIM-3', 'DDIM-4')
+
+def measure(level, seeds, device, only=IDS) -> dict:
+    "The claims: numbers, and the tables they rest on"
+    s, began, numbers, table = SETTINGS[level], time.perf_counter(), {}, []
+    say = lambda what: print(f'{time.perf_counter() - began:6.0f} s  {what}', file=sys.stderr, flush=True)
+    net = ddpm_fashion.model().eval()
+    if shipped('ddpm_fashion'): net = load_weights('ddpm_fashion', net)
+    denoiser = Denoiser(net.to(device, memory_format=torch.channels_last), SCHEDULE)   # x0 is not clipped, as in the paper's code
+    common = dict(budget=level, device=device_name(device), network='ddpm_fashion' if shipped('ddpm_fashion') else 'untrained')
+    how = {'DDIM-3': dict(seeds=1, pictures=s['pictures']), 'DDIM-4': dict(seeds=1)}   # no chance in either
+    if set(only) & set(IDS[:3]):
+        starts = [torch.randn(s['samples'], 1, 28, 28, generator=generator(1000 * seed)).to(device) for seed in seeds]
+        judge = Judge(device)
+        numbers, table = of_samples(denoiser, s, starts, judge, say)
+        common |= dict(samples=s['samples'] * len(seeds), extractor=judge.name, reference=data.fashion_mnist('train').name)
+    if 'DDIM-3' in only: numbers['DDIM-3'] = {f'mse_{n}': e for n, e in trips(denoiser, s, device).items()}
+    if 'DDIM-4' in only: numbers['DDIM-4'] = exact_errors()
+    common |= dict(seconds=round(time.perf_counter() - began, 1))
+    return {id: {'numbers': n, 'seeds': len(seeds), **common, **how.get(id, {})} | ({'table': table} if id == 'DDIM-1' else {})
+            for id, n in numbers.items() if id in only}
 
 
 def main(args=None):
@@ -142,8 +151,9 @@ def main(args=None):
     parser.add_argument('--budget', choices=BUDGETS, default=None, help='default: $DIFFCOURSE_BUDGET, then laptop')
     parser.add_argument('--out', type=Path, required=True, help='JSON file to write')
     parser.add_argument('--seeds', type=int, nargs='+', default=(0, 1, 2), help='of the x_T')
+    parser.add_argument('--only', nargs='+', choices=IDS, default=IDS, help='these claims; the first three are measured together')
     a = parser.parse_args(args)
-    result = measure(budget(a.budget), a.seeds, default_device())
+    result = measure(budget(a.budget), a.seeds, default_device(), a.only)
     with atomic_write(a.out) as tmp: tmp.write_text(json.dumps(result, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
     for id, r in result.items(): print(id, json.dumps({k: round(v, 4) for k, v in r['numbers'].items()}))
 

@@ -29,8 +29,8 @@ KINDS = {'learned': 'learned_range', 'small': 'fixed_small', 'large': 'fixed_lar
 SETTINGS = {
     'smoke': dict(widths=(4, 8, 12), train=dict(steps=20, batch_size=16, lr=2e-3, warmup=4), samples=12, steps=5, skip=(0., .2),
                   few=3, more=4, full=5, pictures=4, bound=8, history=1, batches=3, batch=8, T=40),
-    'laptop': dict(widths=(4, 8, 12), train=dict(steps=600, batch_size=32, lr=2e-3, warmup=50), samples=200, steps=50,
-                   skip=(0., .2, .4), few=10, more=25, full=100, pictures=32, bound=200, history=10, batches=60, batch=32, T=1000),
+    'laptop': dict(widths=(4, 8, 12), train=dict(steps=400, batch_size=32, lr=2e-3, warmup=40), samples=120, steps=50,
+                   skip=(0., .2, .4), few=10, more=25, full=100, pictures=32, bound=100, history=10, batches=60, batch=32, T=1000),
     'gpu': dict(widths=(16, 32, 48), train=dict(steps=4000, batch_size=256, lr=1e-3, warmup=200), samples=2000, steps=250,
                 skip=(0., .05, .1, .2, .3, .4), few=25, more=50, full=1000, pictures=512, bound=1000, history=10, batches=200,
                 batch=128, T=1000),
@@ -107,15 +107,20 @@ def bounds(lab, net, schedule) -> dict:
 
 
 def noises(lab, net, seed) -> dict:
-    "Gradient noise of the bound with uniform and with importance-sampled timesteps"
+    """Gradient noise of the bound with importance-sampled and with uniform timesteps
+
+    Both estimate the same gradient. With uniform timesteps a few rare draws decide its mean, so that sixty batches do not measure
+    the mean's length; the importance-sampled batches do, and their length serves for both.
+    """
     s, d = lab.s, Denoiser(None, Schedule.cosine(lab.s['T']), 'eps', 'learned_range')
     batcher, out = Batcher(lab.real, s['batch'], seed, lab.device), {}
     batches = [batcher(i) for i in range(s['batches'])]
-    for name in ('uniform', 'importance'):
+    length = None
+    for name in ('importance', 'uniform'):
         times = SecondMoment(s['T'], s['history'], uniform=1. if name == 'uniform' else .001).to(lab.device)
         loss = loss_vlb_importance(d, times)
         if name == 'importance': fill(times, loss, net, batcher, lab)
-        out[name], losses = gradient_noise(net.train(), loss, batches, seed)
+        out[name], losses, length = gradient_noise(net.train(), loss, batches, seed, length)
         out[f'{name}_loss_std'] = statistics.stdev(losses)
     return out
 

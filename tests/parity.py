@@ -233,6 +233,11 @@ def diffusion_q(g):
 MEANS = dict(EPSILON='eps', START_X='x0', PREVIOUS_X='previous_x')   # the official names → ours
 
 
+def channels(C, variance):
+    "How many channels a network gives: twice as many where it also says the variance"
+    return C * (2 if variance.lower().startswith('learned') else 1)
+
+
 @family('p_mean_variance')
 def p_mean_variance(g):
     "MEAN.VARIANCE.clip0|1/RESULT"
@@ -241,7 +246,7 @@ def p_mean_variance(g):
     for case in {name.split('/')[0] for name in g.outputs} if s else ():
         mean, variance, clip = case.split('.')
         if variance.lower() not in ddpm.VARIANCES: continue
-        raw = i[f'model_output_{i["x"].shape[1] * (2 if variance.startswith("LEARNED") else 1)}']
+        raw = i[f'model_output_{channels(i["x"].shape[1], variance)}']
         denoiser = ddpm.Denoiser(lambda x, t: raw, s, MEANS[mean], variance.lower())
         step = s.steps().at(i['t'])
         p = denoiser.guided(x0=ddpm.clip_x0 if clip == 'clip1' else None).denoise(i['x'], step)
@@ -259,7 +264,7 @@ def calc_bpd_loop(g):
     c, i = g.config, g.inputs
     s, model = schedule(c['schedule'], c['T'], c), formula(c['model'])
     if s is None: return {}
-    d = ddpm.Denoiser(lambda x, t: model(x, t), s, MEANS[c['mean']], c['var'].lower()).guided(x0=ddpm.clip_x0)
+    d = ddpm.Denoiser(lambda x, t: model(x, t), s, MEANS[c['mean']], c['var'].lower()).guided(x0=ddpm.clip_x0 if c.get('clip_denoised', True) else None)
     r = ddpm.bits_per_dim(d, i['x_start'], noises=i['noises'])
     return dict(total_bpd=r['total'], prior_bpd=r['prior'], vb=r['vb'], xstart_mse=r['x0_mse'], mse=r['mse'])
 
@@ -331,8 +336,7 @@ def training_losses(g):
 
 def _losses(d, i, t, kind):
     "Raw output and the loss terms of one case"
-    c = i['x_start'].shape[1] * (2 if d.variance.startswith('learned') else 1)
-    raw, step = i[f'model_output_{c}'].clone().requires_grad_(), d.schedule.steps().at(t)
+    raw, step = i[f'model_output_{channels(i["x_start"].shape[1], d.variance)}'].clone().requires_grad_(), d.schedule.steps().at(t)
     x = ddpm.q_sample(i['x_start'], step.ᾱ, i['noise'])
     return raw, iddpm.loss_terms(d, raw, i['x_start'], i['noise'], x, step, kind)
 
@@ -341,8 +345,8 @@ def _losses(d, i, t, kind):
 def vlb_terms(g):
     "One term of the bound with and without clipping, and the functions it is made of"
     i, c = g.inputs, g.config
-    C = i['x_start'].shape[1]
-    raw, s = i[f'model_output_{2 * C}'], schedule(c['schedule'], c['T'], c)
+    C, s = i['x_start'].shape[1], schedule(c['schedule'], c['T'], c)
+    raw = i[f'model_output_{channels(C, c["var"])}']
     step, out = s.steps().at(i['t']), {}
     d = ddpm.Denoiser(lambda x, t: raw, s, MEANS[c['mean']], c['var'].lower())
     for clip in (0, 1):
@@ -386,7 +390,7 @@ def sampling_steps(g):
     "clip0|1/WHAT: one step from a constant model output, with and without a classifier's gradient"
     i, c, out = g.inputs, g.config, {}
     s = schedule(c['schedule'], c['T'], c)
-    raw, x, step, noises = i[f'model_output_{2 * i["x"].shape[1]}'], i['x'], s.steps().at(i['t']), [i['noise']]
+    raw, x, step, noises = i[f'model_output_{channels(i["x"].shape[1], c["var"])}'], i['x'], s.steps().at(i['t']), [i['noise']]
     further = replace(step, ᾱ=s.alphas_cumprod_next[i['t']])
     for clip in (0, 1):
         plain = ddpm.Denoiser(lambda x, t: raw, s, MEANS[c['mean']], c['var'].lower()).guided(x0=ddpm.clip_x0 if clip else None)
@@ -410,11 +414,11 @@ def sampling_loops(g):
     "Whole loops on a respaced path with a closed-form model"
     i, c, seen = g.inputs, g.config, []
     s, model = schedule(c['schedule'], c['T'], c), formula(c['model'])
-    path = s.respaced(c['respacing'], c['rescale_timesteps'])
+    path = s.respaced(c['respacing'], c.get('rescale_timesteps', False))
     def net(x, t):
         seen.append(t)
         return model(x, t)
-    d = ddpm.Denoiser(net, s, MEANS[c['mean']], c['var'].lower()).guided(x0=ddpm.clip_x0 if c['clip_denoised'] else None)
+    d = ddpm.Denoiser(net, s, MEANS[c['mean']], c['var'].lower()).guided(x0=ddpm.clip_x0 if c.get('clip_denoised', True) else None)
     out = dict(p_sample_loop=last(ddpm.ancestral(d, path, i['x_T'], noises=i['noises'])))
     out['timesteps_seen_by_model'] = torch.stack(seen)
     for name in g.outputs:

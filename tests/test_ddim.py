@@ -230,6 +230,13 @@ def test_paths_through_sizes_are_told_the_right_times():
     assert (e.log().diff() - e.log().diff()[0]).abs().max() < 1e-12
 
 
+def test_the_recipe_shares_everything_but_the_sampler():
+    a, b = module.ddim_fashion, module.ddpm_fashion
+    assert a.name == 'ddim_fashion' and all(getattr(a, k) is getattr(b, k) for k in ('data', 'model', 'loss', 'settings', 'evaluate'))
+    for steps in (0, 1001):
+        with pytest.raises(CourseError, match=r'\[1, 1000\], got'): a.sample(lambda x, t: x, 1, steps=steps)
+
+
 def test_recipe_sampler_draws_pictures():
     net = lambda x, t: torch.zeros_like(x)
     for sampler in (ddim, dpm_2m, heun):

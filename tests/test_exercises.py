@@ -1,4 +1,6 @@
 "Every exercise: its solution passes; its hole and every listed mistake fail, and the mistake is named"
+import importlib
+import pkgutil
 import re
 from pathlib import Path
 
@@ -35,6 +37,24 @@ def namespace(nb, path, monkeypatch):
     return ns
 
 
+@pytest.fixture
+def put_back():
+    "A chapter's cells may patch classes of earlier chapters and register recipes again: afterwards all is as it was, for the tests that follow"
+    import diffcourse
+    from diffcourse.train import RECIPES
+    modules = [importlib.import_module(f'diffcourse.{m.name}') for m in pkgutil.iter_modules(diffcourse.__path__) if not m.name.startswith('_')]
+    classes = {c for m in modules for c in vars(m).values() if isinstance(c, type) and c.__module__.startswith('diffcourse.')}
+    before, recipes = {c: dict(vars(c)) for c in classes}, dict(RECIPES)
+    yield
+    for c, had in before.items():
+        for k in set(vars(c)) - set(had): delattr(c, k)
+        for k, v in had.items():
+            if vars(c).get(k) is not v: setattr(c, k, v)
+    RECIPES.clear()
+    RECIPES.update(recipes)
+
+
+@pytest.mark.usefixtures('put_back')
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_exercises(path, monkeypatch):
     from diffcourse.core import Exercise

@@ -244,7 +244,7 @@ class Ruler(nn.Module):
 @pytest.mark.parametrize('noise', [.05, .5])
 def test_gradient_noise_of_a_known_gradient(noise):
     loss = lambda m, batch, draws: ((.5 * m.w.square() + noise * draws.normal(500) * m.w).sum(), {})
-    ratio, losses = gradient_noise(Ruler(), loss, [{}] * 80)
+    ratio, losses, _ = gradient_noise(Ruler(), loss, [{}] * 80)
     assert ratio == pytest.approx(noise ** 2 * 500 / 4, rel=.15) and len(losses) == 80
     with pytest.raises(CourseError, match='at least 2'): gradient_noise(Ruler(), loss, [{}])
 
@@ -260,7 +260,7 @@ def test_flops_are_counted():
 
 def test_recipe():
     assert set(iddpm_fashion.settings) == {'smoke', 'laptop', 'gpu'}
-    with torch.device('meta'): assert 1e6 < sum(p.numel() for p in iddpm_fashion.model().parameters()) < 2e6
+    with torch.device('meta'): assert 7e5 < sum(p.numel() for p in iddpm_fashion.model().parameters()) < 1e6
     net = lambda x, t: torch.cat([.1 * x, torch.zeros_like(x)], 1)
     a = iddpm_sampler(1, 8, 8)(net, 3, seed=1, steps=4)
     assert a.shape == (3, 1, 8, 8) and a.abs().max() <= 1 and torch.equal(a, iddpm_sampler(1, 8, 8)(net, 3, seed=1, steps=4))

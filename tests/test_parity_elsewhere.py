@@ -16,7 +16,7 @@ def golden(folder, name, config=None, *, rtol=1e-5, atol=1e-5, **tensors):
     "Write a golden as the official ones are written; tensor names have '/' for '__'"
     info = {'name': name, 'official': 'a plain reimplementation', 'rtol': rtol, 'atol': atol}
     (folder / f'{name}.json').write_text(json.dumps(info | ({'config': config} if config else {})))
-    save_file({k: torch.as_tensor(v).contiguous() for k, v in tensors.items()}, folder / f'{name}.safetensors')
+    save_file({k: torch.as_tensor(v).clone().contiguous() for k, v in tensors.items()}, folder / f'{name}.safetensors')
     verdict, = parity.run(folder)
     return verdict
 
