@@ -147,7 +147,8 @@ def picture(
 
 # %% ../nbs/18_zoo.ipynb #02befdb5
 RUNGS = (('ae_fashion', 'AE: copies'), ('vae_fashion', 'VAE: samples'),
-         ('ddpm_fashion', 'DDPM: samples'), ('ddpm_emoji', 'DDPM: emoji'))  # recipe, title of its row
+         ('ddpm_fashion', 'DDPM: samples'), ('ddim_fashion', 'DDIM: 50 steps'),
+         ('cfg_fashion', 'CFG: by class'), ('ddpm_emoji', 'DDPM: emoji'))  # recipe, title of its row
 
 # %% ../nbs/18_zoo.ipynb #82ed07b9
 def ladder(
@@ -159,7 +160,7 @@ def ladder(
     real = fashion_mnist('test').images[:n]
     rows, seconds = [('real', to_float(real))], []
     for name, title in RUNGS:
-        if not shipped(name): continue
+        if not shipped(weights_of(name)): continue
         start = time.perf_counter()
         x = reconstruct(name, real, device=device) if 'copies' in title else sample(name, n, device=device)
         rows.append((title, x))

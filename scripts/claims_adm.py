@@ -6,15 +6,15 @@ Writes {'ADM-1': {'numbers': …, 'budget': …, 'device': …, 'seeds': …, 'r
 than the numbers. ADM-2, 4 and 5 sample from the shipped weights of cond_fashion and noisy_fashion_classifier; at the smoke budget both are
 trained for a moment instead where they are missing. `--only ADM-3 ADM-5` measures some.
 """
-import argparse, json, math, statistics, time
+import math, statistics, time
 from functools import lru_cache
-from pathlib import Path
 
+import claims_common
 import torch
 import torch.nn.functional as F
 
 from diffcourse import adm, data, metrics, scores
-from diffcourse.core import BUDGETS, atomic_write, budget, default_device, generator, require, to_float, to_uint8
+from diffcourse.core import budget, default_device, generator, require, to_float, to_uint8
 from diffcourse.ddim import ddim
 from diffcourse.ddpm import Schedule, ancestral, loss_simple, picture_denoiser, sample
 from diffcourse.exact import Mixture, exact_denoiser
@@ -206,16 +206,12 @@ def measure(level, seeds, device, only=None, **overrides) -> dict:
 
 
 def main(args=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--budget', choices=BUDGETS, default=None, help='default: $DIFFCOURSE_BUDGET, then laptop')
-    parser.add_argument('--out', type=Path, required=True, help='JSON file to write')
-    parser.add_argument('--seeds', type=int, nargs='+', default=(0, 1, 2), help='one training per network for each')
+    parser = claims_common.parser(__doc__, 'one training per network for each')
     parser.add_argument('--only', nargs='+', metavar='ID', help='measure the experiments behind these claims')
     parser.add_argument('--steps', type=int, help="training steps of the ablation, instead of the budget's")
     a = parser.parse_args(args)
     result = measure(budget(a.budget), a.seeds, default_device(), a.only, **({'steps': a.steps} if a.steps else {}))
-    with atomic_write(a.out) as tmp: tmp.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
-    for id, r in result.items(): print(id, json.dumps({k: round(v, 4) for k, v in r['numbers'].items()}))
+    claims_common.store(result, a.out)
 
 
 if __name__ == '__main__': main()

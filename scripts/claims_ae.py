@@ -4,13 +4,13 @@
 
 Writes {'AE-1': {'numbers': …, 'budget': …, 'device': …, 'seeds': …, 'runs': [...]}}; the rule is in data/claims/rules.json.
 """
-import argparse, json, time
-from pathlib import Path
+import time
 
+import claims_common
 import torch
 
 from diffcourse.ae import PCA, ae_recipe, evaluate
-from diffcourse.core import BUDGETS, atomic_write, budget, default_device, to_float
+from diffcourse.core import budget, default_device, to_float
 from diffcourse.data import fashion_mnist
 from diffcourse.train import device_name, train_recipe
 
@@ -53,17 +53,13 @@ def measure(level, widths=WIDTHS, seeds=(0, 1, 2), **how) -> dict:
 
 
 def main(args=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--budget', choices=BUDGETS, default=None, help='default: $DIFFCOURSE_BUDGET, then laptop')
-    parser.add_argument('--out', type=Path, required=True, help='JSON file to write')
+    parser = claims_common.parser(__doc__, 'one training for each')
     parser.add_argument('--widths', type=int, nargs='+', default=WIDTHS, help='code widths')
-    parser.add_argument('--seeds', type=int, nargs='+', default=(0, 1, 2), help='one training for each')
     parser.add_argument('--steps', type=int, help="training steps, instead of the budget's")
     a = parser.parse_args(args)
     how = {'steps': a.steps} if a.steps else {}
     result = {'AE-1': measure(budget(a.budget), a.widths, a.seeds, **how)}
-    with atomic_write(a.out) as tmp: tmp.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
-    print(json.dumps(result['AE-1']['numbers']))
+    claims_common.store(result, a.out)
 
 
 if __name__ == '__main__': main()

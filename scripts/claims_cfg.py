@@ -6,17 +6,17 @@ Writes {'CFG-1': {'numbers': …, 'budget': …, 'device': …, 'seeds': …, �
 numbers. CFG-1 and CFG-3 sample from the shipped weights of cond_fashion and noisy_fashion_classifier; at the smoke budget both are trained
 for a moment instead where they are missing. `--only CFG-2` measures some.
 """
-import argparse, json, math, statistics, time
-from pathlib import Path
+import math, statistics, time
 
 import claims_adm
+import claims_common
 import torch
 import torch.nn.functional as F
 
 from diffcourse import data
 from diffcourse.adm import FASHION_NULL, loss_dropping
 from diffcourse.cfg import classifier_free
-from diffcourse.core import BUDGETS, atomic_write, budget, default_device
+from diffcourse.core import budget, default_device
 from diffcourse.ddim import ddim
 from diffcourse.ddpm import loss_simple, picture_denoiser, sample
 from diffcourse.openai_unet import UNetModel
@@ -141,15 +141,11 @@ def measure(level, seeds, device, only=None) -> dict:
 
 
 def main(args=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--budget', choices=BUDGETS, default=None, help='default: $DIFFCOURSE_BUDGET, then laptop')
-    parser.add_argument('--out', type=Path, required=True, help='JSON file to write')
-    parser.add_argument('--seeds', type=int, nargs='+', default=(0, 1, 2), help='one training per p_uncond for each')
+    parser = claims_common.parser(__doc__, 'one training per p_uncond for each')
     parser.add_argument('--only', nargs='+', metavar='ID', help='measure these claims')
     a = parser.parse_args(args)
     result = measure(budget(a.budget), a.seeds, default_device(), a.only)
-    with atomic_write(a.out) as tmp: tmp.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
-    for id, r in result.items(): print(id, json.dumps({k: round(v, 4) for k, v in r['numbers'].items()}))
+    claims_common.store(result, a.out)
 
 
 if __name__ == '__main__': main()

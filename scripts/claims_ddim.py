@@ -5,16 +5,14 @@
 Writes {'DDIM-1': {'numbers': …, 'budget': …, 'device': …, 'seeds': …, …}, …}; the rules are in data/claims/rules.json, older
 than the numbers. Samples of every kind start from the same x_T, one set for each sampling seed.
 """
-import argparse
-import json
 import sys
 import time
-from pathlib import Path
 
+import claims_common
 import torch
 
 from diffcourse import data, metrics
-from diffcourse.core import BUDGETS, atomic_write, budget, default_device, generator, to_float
+from diffcourse.core import budget, default_device, generator, to_float
 from diffcourse.ddim import ddim, dpm_2m, encode, quadratic_timesteps
 from diffcourse.ddpm import Denoiser, Schedule, ddpm_fashion, q_posterior_mean_variance
 from diffcourse.exact import Mixture, exact_denoiser
@@ -147,15 +145,11 @@ def measure(level, seeds, device, only=IDS) -> dict:
 
 
 def main(args=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--budget', choices=BUDGETS, default=None, help='default: $DIFFCOURSE_BUDGET, then laptop')
-    parser.add_argument('--out', type=Path, required=True, help='JSON file to write')
-    parser.add_argument('--seeds', type=int, nargs='+', default=(0, 1, 2), help='of the x_T')
+    parser = claims_common.parser(__doc__, 'of the x_T')
     parser.add_argument('--only', nargs='+', choices=IDS, default=IDS, help='these claims; the first three are measured together')
     a = parser.parse_args(args)
     result = measure(budget(a.budget), a.seeds, default_device(), a.only)
-    with atomic_write(a.out) as tmp: tmp.write_text(json.dumps(result, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
-    for id, r in result.items(): print(id, json.dumps({k: round(v, 4) for k, v in r['numbers'].items()}))
+    claims_common.store(result, a.out)
 
 
 if __name__ == '__main__': main()

@@ -5,19 +5,19 @@
 Writes {'DDPM-3': {'numbers': …, 'budget': …, 'device': …, 'seeds': …, 'runs': [...]}, …}; the rules are in
 data/claims/rules.json, older than the numbers. On a GPU several networks train at once, one process each (--workers).
 """
-import argparse, json, math, statistics, time
+import math, statistics, time
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from multiprocessing import get_context
-from pathlib import Path
 
+import claims_common
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from diffcourse import data, metrics
-from diffcourse.core import BUDGETS, atomic_write, budget, default_device, generator, to_float, to_uint8
-from diffcourse.ddpm import (Denoiser, Schedule, ancestral, bits_per_dim, clip_x0, loss_simple, loss_vlb, picture_sampler,
+from diffcourse.core import budget, default_device, generator, to_float, to_uint8
+from diffcourse.ddpm import (Denoiser, Schedule, ancestral, bits_per_dim, clip_x0, loss_simple, loss_vlb,
                              sample)
 from diffcourse.train import Trainer, device_name, shipped
 from diffcourse.unet import UNet
@@ -212,18 +212,14 @@ def measure(level, seeds, workers, device, **overrides) -> dict:
 
 
 def main(args=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--budget', choices=BUDGETS, default=None, help='default: $DIFFCOURSE_BUDGET, then laptop')
-    parser.add_argument('--out', type=Path, required=True, help='JSON file to write')
-    parser.add_argument('--seeds', type=int, nargs='+', default=(0, 1, 2), help='one training per way for each')
+    parser = claims_common.parser(__doc__, 'one training per way for each')
     parser.add_argument('--workers', type=int, help='processes at once; default 4 on a GPU, else 1')
     parser.add_argument('--steps', type=int, help="training steps, instead of the budget's")
     a = parser.parse_args(args)
     device = default_device()
     result = measure(budget(a.budget), a.seeds, a.workers or (4 if device.type == 'cuda' else 1), device,
                      **({'steps': a.steps} if a.steps else {}))
-    with atomic_write(a.out) as tmp: tmp.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
-    for id, r in result.items(): print(id, json.dumps({k: round(v, 4) for k, v in r['numbers'].items()}))
+    claims_common.store(result, a.out)
 
 
 if __name__ == '__main__': main()

@@ -5,17 +5,15 @@
 Writes {'IDDPM-1': {'numbers': …, 'budget': …, 'device': …, 'seeds': …, …}, …}; the rules are in data/claims/rules.json, older
 than the numbers.
 """
-import argparse
-import json
 import statistics
 import sys
 import time
-from pathlib import Path
 
+import claims_common
 import torch
 
 from diffcourse import data, metrics
-from diffcourse.core import BUDGETS, Draws, atomic_write, budget, default_device, generator, to_float
+from diffcourse.core import Draws, budget, default_device, generator, to_float
 from diffcourse.data import Batcher
 from diffcourse.ddpm import (Denoiser, Schedule, ancestral, clip_x0, prior_bpd, q_sample, vlb_term)
 from diffcourse.iddpm import SecondMoment, forward_flops, gradient_noise, loss_hybrid, loss_vlb_importance
@@ -205,14 +203,10 @@ def measure(level, seeds, device) -> dict:
 
 
 def main(args=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--budget', choices=BUDGETS, default=None, help='default: $DIFFCOURSE_BUDGET, then laptop')
-    parser.add_argument('--out', type=Path, required=True, help='JSON file to write')
-    parser.add_argument('--seeds', type=int, nargs='+', default=(0, 1), help='one pair of trainings for each')
+    parser = claims_common.parser(__doc__, 'one pair of trainings for each', (0, 1))
     a = parser.parse_args(args)
     result = measure(budget(a.budget), tuple(a.seeds), default_device())
-    with atomic_write(a.out) as tmp: tmp.write_text(json.dumps(result, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
-    for id, r in result.items(): print(id, json.dumps({k: round(v, 4) for k, v in r['numbers'].items()}))
+    claims_common.store(result, a.out)
 
 
 if __name__ == '__main__': main()

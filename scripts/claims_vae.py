@@ -5,16 +5,17 @@
 Writes {'VAE-1': {'numbers': …, 'spread': …, 'budget': …, 'device': …, 'seeds': …, 'runs': [...]}, …}; the rules are in
 data/claims/rules.json.
 """
-import argparse, json, multiprocessing, os, tempfile, time
+import json, multiprocessing, tempfile, time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import claims_common
 import numpy as np
 import torch
 
 from diffcourse import data
 from diffcourse.ae import AutoEncoder, CodeGaussian, ae_loss, in_batches
-from diffcourse.core import BUDGETS, atomic_write, budget, default_device, generator, to_float
+from diffcourse.core import budget, default_device, generator, to_float
 from diffcourse.metrics import FashionClassifier, feature_fid
 from diffcourse.train import Trainer, device_name, load_weights, save_weights, shipped, train_recipe
 from diffcourse.vae import VAE, gradient_samples, iwae_bound, loss_elbo, measure, sample_prior, prepare
@@ -137,16 +138,13 @@ def collect(runs, common) -> dict:
 
 
 def main(args=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--budget', choices=BUDGETS, default=None, help='default: $DIFFCOURSE_BUDGET, then laptop')
-    parser.add_argument('--out', type=Path, required=True, help='JSON file to write')
-    parser.add_argument('--seeds', type=int, nargs='+', default=(0, 1, 2), help='one training of each kind for each')
+    parser = claims_common.parser(__doc__, 'one training of each kind for each')
     parser.add_argument('--only', nargs='+', choices=('gradients', 'beta', 'digits', 'prior'), help='default: all')
     parser.add_argument('--processes', type=int, help='trainings at a time; default: 8 on a GPU, else 1')
     a = parser.parse_args(args)
     level, device = budget(a.budget), default_device()
     size, wanted = SIZES[level], a.only or ('digits', 'prior', 'beta', 'gradients')     # the longest first
-    start, processes = time.perf_counter(), a.processes or (8 if device.type == 'cuda' else 1)
+    processes = a.processes or (8 if device.type == 'cuda' else 1)
     with tempfile.TemporaryDirectory() as folder:
         extra = {'prior': [(extractor_for(level, folder),)] if 'prior' in wanted else [],
                  'beta': [(b,) for b in BETAS.values()], 'digits': [()], 'gradients': [()]}
@@ -154,8 +152,7 @@ def main(args=None):
     common = dict(budget=level, device=device_name(device), seeds=len(a.seeds), settings=size,
                   train=data.fashion_mnist().name, digits=data.mnist().name if 'digits' in wanted else None)
     result = collect(runs, common)
-    with atomic_write(a.out) as tmp: tmp.write_text(json.dumps(result, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
-    print(json.dumps({k: v['numbers'] for k, v in result.items()}), f'{time.perf_counter() - start:.0f} s')
+    claims_common.store(result, a.out)
 
 
 if __name__ == '__main__': main()

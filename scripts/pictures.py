@@ -21,6 +21,9 @@ OUT = NBS / 'images'
 FIGURES = {'rung_core': ('00_core', "f'contrast {c:.2f}'"), 'rung_weights': ('01a_weights', "'one scale a channel'"),
            'rung_train': ('02_train', "'their average'"), 'rung_layers': ('02a_layers', "ylabel='similarity of"),
            'rung_unet': ('07b_unet', 'draw(seen)'), 'rung_exact': ('08a_exact', "'best guess at x_0'"),
+           'rung_iddpm': ('09_iddpm', "{'linear': (t, linear.alphas_cumprod)"), 'rung_adm': ('11_adm', 'asked, times ='),
+           'rung_openai_unet': ('09a_openai_unet', "loc='lower center', ncols=3"),
+           'rung_inception': ('17a_inception', 'window(plate)'), 'rung_extractors': ('17b_extractors', 'neighbours(second'),
            'rung_metrics': ('17_metrics', 'heaps.values()'), 'rung_scores': ('17c_scores', "ax.plot(*x[:700].T"),
            'rung_lab': ('17d_lab', "'1 / N', 'feature-FID of perfect samples'"), 'rung_zoo': ('18_zoo', 'figure, seconds = ladder()')}
 COLOURS = {'reproduced': (46, 139, 87), 'not measured yet': (200, 200, 200)}  # of a claim's tile; anything else is orange
@@ -63,7 +66,10 @@ def main() -> None:
     strip('rung_ae', torch.cat([to_float(real[:6]), zoo.reconstruct('ae_fashion', real[:6])]))
     strip('rung_vae', zoo.sample('vae_fashion', 6, seed=1))
     strip('rung_ddpm', zoo.sample('ddpm_fashion', 6, seed=1))
-    if zoo.shipped('ddpm_emoji'): strip('rung_emoji', zoo.sample('ddpm_emoji', 6, seed=1))
+    strip('rung_emoji', zoo.sample('ddpm_emoji', 6, seed=1))
+    strip('rung_ddim', zoo.sample('ddim_fashion', 6, seed=1))
+    strip('rung_cfg', zoo.sample('cfg_fashion', 6, seed=1))
+    strip('rung_measure', torch.cat([to_float(real[:6]), zoo.sample('ddpm_fashion', 6, seed=2)]))
     for name, where in FIGURES.items(): figure(name, *where)
     tiles('rung_claims')
     ladder, _ = zoo.ladder()

@@ -1,7 +1,5 @@
 "Chapter 03: autoencoders, PCA, and what random codes decode to"
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +10,6 @@ from diffcourse.core import CourseError, Draws, asset, generator, to_float, verd
 from diffcourse.data import fashion_mnist
 from diffcourse.train import RECIPES, load_weights, save_weights, shipped, train_recipe
 
-SCRIPT = Path(__file__).resolve().parent.parent / 'scripts/claims_ae.py'
 
 
 @pytest.fixture(scope='module')
@@ -158,15 +155,8 @@ def test_shipped_weights_are_better_than_pca(pictures):
     assert ae.evaluate(model, pictures)['mse'] < .95 * float((pca.decode(pca.encode(pictures)) - pictures).square().mean())
 
 
-def claims_script():
-    spec = importlib.util.spec_from_file_location('claims_ae', SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_claims_script_measures_what_the_rule_names(tmp_path, monkeypatch):
-    script = claims_script()
+    import claims_ae as script
     monkeypatch.setenv('DIFFCOURSE_DEVICE', 'cpu')
     monkeypatch.setattr(script, 'fashion_mnist', lambda split: fashion_mnist(split, full=False).subset(torch.arange(300)))
     script.main(['--budget', 'smoke', '--out', str(tmp_path / 'a.json'), '--widths', '2', '4', '--seeds', '0', '1', '--steps', '2'])

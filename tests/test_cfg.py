@@ -1,8 +1,6 @@
 "Classifier-free guidance: exact on a mixture, the same in every language and with every sampler, one batch or two calls, refused in words"
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -378,26 +376,16 @@ class TestParity:
         assert self.made(tmp_path, kind).word == 'FAILED'
 
 
-def claims_script():
-    sys.path.insert(0, str(ROOT / 'scripts'))
-    try:
-        spec = importlib.util.spec_from_file_location('claims_cfg', ROOT / 'scripts/claims_cfg.py')
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    finally: sys.path.pop(0)
-
-
 class TestClaims:
     def test_frontiers_compare_at_equal_scores(self):
-        script = claims_script()
+        import claims_cfg as script
         curve = lambda factor: [{'is': s, 'fid': factor * (1 + (s - 3) ** 2)} for s in (1., 2., 3., 4., 5.)]
         found = script.compare({.1: curve(1.), .2: curve(1.), .5: curve(2.)})
         assert found[.1] == found[.2] and found[.5] - found[.1] == pytest.approx(math.log(2), abs=1e-6)
 
     def test_every_number_that_the_rules_use_is_measured(self, tmp_path):
         from diffcourse.core import verdict
-        script = claims_script()
+        import claims_cfg as script
         script.main(['--budget', 'smoke', '--out', str(tmp_path / 'c.json'), '--seeds', '0', '--only', 'CFG-2'])
         rules, found = json.loads((ROOT / 'data/claims/rules.json').read_text()), json.loads((tmp_path / 'c.json').read_text())
         verdict(rules['CFG-2']['rule'], found['CFG-2']['numbers'])

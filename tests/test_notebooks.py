@@ -10,10 +10,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from run_notebooks import code_hash
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / 'scripts'))
-from run_notebooks import code_hash  # noqa: E402
 
 NOTEBOOKS = sorted((ROOT / 'nbs').glob('*.ipynb'))
 LADDER = ['core', 'shapes', 'data', 'weights', 'train', 'layers', 'metrics', 'inception', 'extractors', 'scores', 'measure', 'ae', 'vae', 'unet', 'ddpm', 'exact', 'openai_unet', 'iddpm', 'ddim', 'adm', 'cfg', 'zoo', 'cli']

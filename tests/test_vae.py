@@ -1,5 +1,5 @@
 """The VAE chapter's module: distributions, bounds, losses, recipes, and the claims script's plumbing"""
-import importlib.util, math
+import math
 from pathlib import Path
 
 import pytest
@@ -199,9 +199,7 @@ def test_recipe_learns_saves_and_samples(name, tmp_path, monkeypatch):
 
 
 def test_claims_script_collects(monkeypatch):
-    spec = importlib.util.spec_from_file_location('claims_vae', HERE.parent / 'scripts/claims_vae.py')
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    import claims_vae as script
     runs = {'gradients': [dict(seed=s, reparam=1. + s, score=9., score_baseline=8.) for s in (0, 1)],
             'beta': [dict(seed=0, beta=b, rate=1 / b, distortion=b, active=3) for b in script.BETAS.values()],
             'digits': [dict(seed=0, k1=-90., k5=-89., k50=-88., k500=-87., nll=87., rate=20., active=20)],
