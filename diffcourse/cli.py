@@ -311,8 +311,12 @@ def _demo_ladder(out: Path) -> list:
     from diffcourse import zoo
     figure, times = zoo.ladder()
     figure.savefig(out / 'ladder.png', bbox_inches='tight')
-    cards = [(f'{title} ({name}, shipped)', s, zoo.load_card(name)) for name, title, s in times.rows]
-    return [(title, s, card.get('loss', float('nan')), zoo.reached(card)) for title, s, card in cards]
+    rows = []
+    for name, title, s in times.rows:
+        owner = zoo.weights_of(name)
+        card = zoo.load_card(owner)
+        rows.append((f'{title} ({owner}, shipped)', s, card.get('loss', float('nan')), zoo.reached(card) if owner == name else '–'))
+    return rows
 
 # %% ../nbs/18a_cli.ipynb #35db9a57
 @app.command()
