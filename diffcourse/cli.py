@@ -315,7 +315,8 @@ def _demo_ladder(out: Path) -> list:
     for name, title, s in times.rows:
         owner = zoo.weights_of(name)
         card = zoo.load_card(owner)
-        rows.append((f'{title} ({owner}, shipped)', s, card.get('loss', float('nan')), zoo.reached(card) if owner == name else '–'))
+        measured = zoo.reached(card) if owner == name else '–'   # of the owner's own way of drawing
+        rows.append((f'{title} ({owner}, shipped)', s, card.get('loss', float('nan')), measured))
     return rows
 
 # %% ../nbs/18a_cli.ipynb #35db9a57
