@@ -129,7 +129,7 @@ def report(result, n) -> str:
 
 
 def quality(samples, counts) -> list:
-    "Feature-FID and seconds a picture by sampler and number of passes"
+    "Feature-FID and seconds a picture by sampler and number of passes; on a CPU the process's own seconds, whatever else runs"
     device, net = default_device(), network()
     net, rows = net.to(device, memory_format=torch.channels_last), []
     model = metrics.get_extractor('fashion_classifier', device)
@@ -138,9 +138,10 @@ def quality(samples, counts) -> list:
         denoiser = picture_denoiser(net)
         for passes in counts:
             path = denoiser.schedule.steps(quadratic_timesteps(1000, (passes + 1) // 2 if name == 'heun' else passes))
-            start = time.perf_counter()
+            clock = time.perf_counter if device.type == 'cuda' else time.process_time
+            start = clock()
             x = sample(denoiser, (samples, 1, 28, 28), path, 0, sampler, batch_size=64).clamp(-1, 1)
-            took = time.perf_counter() - start
+            took = clock() - start
             score = metrics.feature_fid(x, reference, model)
             rows.append(dict(sampler=name, passes=passes, seconds=took / samples, fid=score.value, low=score.low, high=score.high))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
