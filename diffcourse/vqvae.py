@@ -21,18 +21,20 @@ from .core import require, to_float
 from .metrics import psnr
 from .train import Recipe, register
 
-# %% ../nbs/05_vqvae.ipynb #7950dcab
+# %% ../nbs/05_vqvae.ipynb #f297c699
+@torch.no_grad()
 def nearest_code(
     z: Tensor,               # vectors, (N, D)
     codebook: Tensor,        # codes, (K, D)
     memory: int = 32 << 20,  # bytes of scores held at once (at least one row of K numbers)
-) -> Tensor:                 # int64, (N,): on ties the lower index
+) -> Tensor:                 # int64, (N,)
     "Which code is nearest to each vector, without ever holding all N × K distances"
     require(z.ndim == 2 and z.shape[1:] == codebook.shape[1:],
             f'z must be (N, {codebook.shape[1]}) as the codes are, got {tuple(z.shape)}')
     rows = max(1, memory // (len(codebook) * z.element_size()))
-    half = codebook.square().sum(1) / 2
-    return torch.cat([torch.addmm(half, part, codebook.T, alpha=-1).argmin(1) for part in z.split(rows)])
+    half, scores = codebook.square().sum(1) / 2, z.new_empty(min(rows, len(z)), len(codebook))
+    score = lambda part: torch.addmm(half, part, codebook.T, alpha=-1, out=scores[:len(part)])
+    return torch.cat([score(part).argmin(1) for part in z.split(rows)])
 
 # %% ../nbs/05_vqvae.ipynb #24bffa4a
 def straight_through(
@@ -140,8 +142,7 @@ def choose(self: Quantiser,
     rows: Tensor,  # vectors, (..., D)
 ) -> Tensor:       # int64, (...)
     "The index of the nearest code for each vector"
-    with torch.no_grad():
-        return nearest_code(rows.flatten(0, -2), self.codebook, self.memory).view(rows.shape[:-1])
+    return nearest_code(rows.flatten(0, -2), self.codebook, self.memory).view(rows.shape[:-1])
 
 @patch
 def lookup(self: Quantiser,
