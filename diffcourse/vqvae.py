@@ -248,8 +248,7 @@ class ConvEncoder(nn.Module):
         **block,          # bias, rectified
     ):
         super().__init__()
-        require(stride in (2, 4), f'stride {stride} is neither 2 nor 4')
-        require(width % 2 == 0, f'width {width} must be even')
+        require(stride in (2, 4) and width % 2 == 0, f'stride {stride} must be 2 or 4, width {width} even')
         layers = [nn.Conv2d(channels, width // 2, 4, 2, 1), nn.ReLU()]
         if stride == 4: layers += [nn.Conv2d(width // 2, width, 4, 2, 1), nn.ReLU(), nn.Conv2d(width, width, 3, 1, 1)]
         else: layers += [nn.Conv2d(width // 2, width, 3, 1, 1)]
@@ -323,8 +322,7 @@ def encode(self: VQVAE,
     x: Tensor,  # pictures, (B, C, H, W) in [-1, 1]
 ) -> Tensor:    # int64, (B, h, w)
     "The map of codes of each picture"
-    z = self.features(x).to(self.quantise.codebook.dtype)
-    return self.quantise.choose(z.movedim(1, -1))
+    return self.quantise.choose(self.features(x).to(self.quantise.codebook.dtype).movedim(1, -1))
 
 @patch
 def decode(self: VQVAE,
