@@ -228,8 +228,9 @@ def test_notices(monkeypatch, name, where, attribute, change):
 
 
 def test_every_checker_was_seen_failing():
+    from tests.test_parity_codes import MUTATIONS as CODES
     from tests.test_parity_openai import MUTATIONS as OPENAI
-    named = {f.__name__ for name, *_ in [*MUTATIONS, *OPENAI] for f in [parity.checker(name)]}
+    named = {f.__name__ for name, *_ in [*MUTATIONS, *OPENAI, *CODES] for f in [parity.checker(name)]}
     elsewhere = {'full_ddpm', 'adm_evaluator', 'full_openai_unet', 'gd_train_step', 'fid_block', 'full_inception',
                  'ldm_samplers', 'sd2_v_prediction'}
     assert named | elsewhere | set(HOMEMADE) == {f.__name__ for f in parity.FAMILIES.values()}
