@@ -151,3 +151,139 @@ def test_layouts_against_released_schemas(layout, released, prefix):
     width = next(s[0] for k, s in want.items() if 'norm1' in k or 'ln_1' in k)
     with torch.device('meta'): block = Block(width, 8, layout)
     assert {k: tuple(v.shape) for k, v in block.state_dict().items()} == want
+
+
+# ------------------------------------------------------------------------------------------------- priors over maps of codes
+
+def small(kind, K=6, shape=(3, 4)):
+    net = GPT(K + 3, 12, 2, 2, 16) if kind == 'transformer' else priors.PixelCNN(K + 3, shape, 16, 3)
+    return priors.CodePrior(lively(net), K, shape)
+
+
+@pytest.mark.parametrize('kind', ['transformer', 'masked convolutions'])
+def test_probabilities_of_all_maps_add_up_to_one(kind):
+    "Two codes on a 2×3 map: 64 maps"
+    net = GPT(4, 6, 2, 2, 16) if kind == 'transformer' else priors.PixelCNN(4, (2, 3), 16, 3)
+    model = priors.CodePrior(lively(net), 2, (2, 3))
+    maps = torch.cartesian_prod(*[torch.arange(2)] * 6).view(64, 2, 3)
+    for label in (0, 1):
+        p = (-model.nats(maps, torch.full((64, 1), label)).double().flatten(1).sum(1)).exp()
+        assert abs(p.sum().item() - 1) < 1e-5
+
+
+@pytest.mark.parametrize('kind', ['transformer', 'masked convolutions'])
+def test_what_is_written_has_the_model_s_probabilities(kind):
+    "A map of three places, 8 maps: frequencies of 20,000 draws against the model, each within 4.5 standard errors"
+    net = GPT(4, 3, 1, 2, 16) if kind == 'transformer' else priors.PixelCNN(4, (1, 3), 16, 2)
+    model, n = priors.CodePrior(lively(net), 2, (1, 3)), 20_000
+    maps = torch.cartesian_prod(*[torch.arange(2)] * 3).view(8, 1, 3)
+    p = (-model.nats(maps, torch.zeros(8, 1).long()).detach().double().flatten(1).sum(1)).exp()
+    drawn = model.write(torch.zeros(n, 1).long(), seed=1).flatten(1) @ torch.tensor([4, 2, 1])
+    z = (drawn.bincount(minlength=8) - n * p) / (n * p * (1 - p)).sqrt()
+    assert z.abs().max() < 4.5
+
+
+@pytest.mark.parametrize('kind', ['transformer', 'masked convolutions'])
+def test_a_code_s_probability_knows_only_what_was_read(kind):
+    model, maps, prompt = small(kind), torch.randint(6, (1, 3, 4), generator=generator(0)), torch.zeros(1, 1).long()
+    base = model.logits(maps, prompt)
+    for place in range(12):
+        other = maps.flatten(1).clone()
+        other[:, place] = (other[:, place] + 1) % 6
+        changed = (model.logits(other.view(maps.shape), prompt) != base).any(-1)[0]
+        assert not changed[:place + 1].any() and (place == 11 or changed[place + 1:].any())
+    assert (model.logits(maps, prompt + 1) != base).any(-1).all()       # the label reaches every place
+
+
+def test_masked_convolutions_without_mask_a_are_noticed(monkeypatch):
+    original = priors.MaskedConv2d.__init__
+    monkeypatch.setattr(priors.MaskedConv2d, '__init__', lambda self, kind, *a, **how: original(self, 'B', *a, **how))
+    with pytest.raises(AssertionError): test_a_code_s_probability_knows_only_what_was_read('masked convolutions')
+
+
+def test_blind_spot():
+    "Plain masked convolutions never see what lies beyond the diagonal to the upper right"
+    model = lively(priors.PixelCNN(5, (7, 7), 8, 10)).double()
+    tokens = torch.randint(5, (1, 49), generator=generator(0))
+    base, at = model(tokens), 4 * 7 + 2                                   # logits for row 4, column 2
+    sees = []
+    for i in range(at):
+        other = tokens.clone()
+        other[0, 1 + i] = (other[0, 1 + i] + 1) % 5
+        sees.append(bool((model(other)[0, at] != base[0, at]).any()))
+    blind = [divmod(i, 7) for i in range(at) if not sees[i]]
+    assert blind == [(r, c) for r in range(5) for c in range(7) if r < 4 and c - 2 > 4 - r]
+
+
+def test_writing_keeps_known_codes_in_both_nets():
+    for kind in ('transformer', 'masked convolutions'):
+        known = torch.full((5, 3, 4), -1)
+        known[:, 0], known[1, 2, 2] = 2, 4
+        maps = small(kind).write(torch.zeros(5, 1).long(), seed=2, known=known)
+        assert maps.shape == (5, 3, 4) and (maps[known >= 0] == known[known >= 0]).all() and int(maps.max()) < 6
+
+
+def test_label_prompt_withholds_a_tenth():
+    labels, u = torch.arange(1000) % 10, torch.rand(1000, generator=generator(0))
+    prompt = priors.label_prompt(labels, 10, u)
+    assert prompt.shape == (1000, 1) and 60 < int((prompt == 10).sum()) < 140
+    assert (priors.label_prompt(labels, 10)[:, 0] == labels).all()
+
+
+def test_bad_convolutions_are_named():
+    with pytest.raises(CourseError, match='kind'): priors.MaskedConv2d('C', 1, 1)
+    with pytest.raises(CourseError, match='odd'): priors.MaskedConv2d('A', 1, 1, 4)
+    with pytest.raises(CourseError, match='memory'): priors.PixelCNN(5, (2, 2), 8, 1)(torch.zeros(1, 1).long(), embeddings=torch.zeros(1, 1, 8))
+
+
+def test_recipe_is_small_enough_to_ship(tmp_path):
+    from diffcourse.weights import save_weights
+    model = priors.fashion_prior()
+    save_weights(tmp_path / 'p.safetensors', model, {}, 'int8')
+    assert (tmp_path / 'p.safetensors').stat().st_size <= 250_000
+    ratio = priors.effective(priors.fashion_pixelcnn()) / priors.effective(model)
+    assert .97 < ratio < 1.03
+
+
+# ------------------------------------------------------------------------------------------------- masked prediction
+
+def test_patches_are_in_reading_order():
+    x = torch.arange(64.).view(1, 1, 8, 8)
+    p = priors.patches_of(x)
+    assert p.shape == (1, 4, 16) and p[0, 1, 0] == 4 and p[0, 2, 0] == 32 and p[0, 0, 4] == 8
+
+
+def test_hidden_patches_do_not_reach_the_features():
+    torch.manual_seed(0)
+    model, x = priors.PatchEncoder(7).eval(), torch.randn(2, 1, 28, 28)
+    hide = priors.hide_block(torch.rand(2, 3))
+    other = torch.where(torch.nn.functional.interpolate(hide.view(2, 1, 7, 7).float(), 28) > 0, 5., x)
+    assert torch.equal(model.features(x, hide), model.features(other, hide))
+    assert not torch.equal(model.features(x), model.features(other))
+
+
+@pytest.mark.parametrize('target', ['tokens', 'pixels'])
+def test_masked_loss_falls(target):
+    from diffcourse.core import Draws
+    torch.manual_seed(0)
+    x = torch.randn(32, 1, 28, 28).cumsum(-1).tanh()
+    batch = dict(x=x, codes=(x[:, 0, ::4, ::4] > 0).long())
+    model, loss = priors.PatchEncoder(2 if target == 'tokens' else 16), priors.masked_loss(target)
+    optimizer, values = torch.optim.AdamW(model.parameters(), 2e-3), []
+    for i in range(25):
+        value = loss(model, batch, Draws(0, i))
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        values.append(value.item())
+    assert sum(values[-5:]) < .9 * sum(values[:5])
+    with pytest.raises(CourseError, match='words'): priors.masked_loss('words')
+
+
+def test_linear_probe_reads_what_is_linear():
+    g = generator(0)
+    y = torch.randint(3, (600,), generator=g)
+    x = torch.eye(3)[y] * 3 + torch.randn(600, 3, generator=g)
+    noise = torch.randn(600, 3, generator=g)
+    assert priors.linear_probe((x[:300], y[:300]), (x[300:], y[300:])) > 85
+    assert priors.linear_probe((noise[:300], y[:300]), (noise[300:], y[300:])) < 50
