@@ -152,7 +152,7 @@ class GPT(nn.Module):
         n_embd: int = 64,       # C, width of the stream
         dropout: float = 0.,    # of the embeddings and in the blocks
         n_unmasked: int = 0,    # the first so many positions see each other
-        patterns: Sequence[Tensor] | None = None, # masks in turn for the blocks, (block_size, block_size), True: may look
+        patterns: Sequence[Tensor] | None = None, # masks in turn for the blocks, (block_size,)², True: may look
         masks: bool = False,    # keep masks as buffers in the state dict, as minGPT does, for `load_strict`
     ):
         super().__init__()
@@ -174,7 +174,7 @@ def _set_masks(self: GPT, patterns, persistent: bool) -> None:
         patterns[0][:self.n_unmasked, :self.n_unmasked] = True
     for i, block in enumerate(self.blocks):
         m = torch.as_tensor(patterns[i % len(patterns)]).bool()
-        require(m.shape == (n, n), f'a pattern must be ({n}, {n}), True where a position may look; got {tuple(m.shape)}')
+        require(m.shape == (n, n), f'a pattern must be ({n}, {n}), True for what may be seen; got {tuple(m.shape)}')
         require(bool(m.diagonal().all()), 'every position of a pattern must see itself: set its diagonal to True')
         block.attn.register_buffer('mask', m[None, None].float() if persistent else m[None, None], persistent)
 
@@ -290,25 +290,25 @@ def generate(
     **dials,                           # temperature, top_k, top_p: see `next_probabilities`
 ) -> Tensor:                           # the tokens after the prompt, (B, n)
     "Write `n` tokens, one after the other"
-    known = _check_writing(model, prompt, n, known, embeddings)
-    given = int((known >= 0).all(0).cumprod(0).sum()) if n else 0       # known in all sequences from the start
-    tokens = torch.cat([prompt, known[:, :given]], 1)
-    new, memory = tokens, Memory(model, len(prompt), _length(prompt, embeddings) + n) if cache else None
+    known, given = _check_writing(model, prompt, n, known, embeddings)
+    new = tokens = torch.cat([prompt, known[:, :given]], 1)
+    memory = Memory(model, len(prompt), _length(prompt, embeddings) + n) if cache else None
     u = torch.rand(len(prompt), n, generator=generator(seed)).to(tokens.device)
     for i in range(given, n):
-        logits = model(new if cache else tokens, memory=memory, last=True,
-                       embeddings=embeddings if i == given or not cache else None)[:, -1]
-        ok = allowed if allowed is None or allowed.ndim == 1 else allowed[i]
-        drawn = draw(next_probabilities(logits, allowed=ok, **dials), u[:, i])
+        before = embeddings if i == given or not cache else None
+        logits = model(new if cache else tokens, memory=memory, embeddings=before, last=True)[:, -1]
+        drawn = draw(next_probabilities(logits, allowed=_at(allowed, i), **dials), u[:, i])
         new = torch.where(known[:, i] >= 0, known[:, i], drawn)[:, None]
         tokens = torch.cat([tokens, new], 1)
     return tokens[:, prompt.shape[1]:]
 
 # %% ../nbs/05a_priors.ipynb #7fa40ed9
+def _at(allowed, i): return allowed if allowed is None or allowed.ndim == 1 else allowed[i]
+
 def _length(prompt, embeddings) -> int: return prompt.shape[1] + (0 if embeddings is None else embeddings.shape[1])
 
-def _check_writing(model, prompt, n, known, embeddings) -> Tensor:
-    "Refuse what does not fit; return the known tokens"
+def _check_writing(model, prompt, n, known, embeddings) -> tuple[Tensor, int]:
+    "Refuse what does not fit; the known tokens, and how many of them come first in all sequences"
     require(prompt.ndim == 2 and not prompt.is_floating_point(),
             f'the prompt must be integers (B, P), got {prompt.dtype} {tuple(prompt.shape)}')
     length = _length(prompt, embeddings)
@@ -318,9 +318,9 @@ def _check_writing(model, prompt, n, known, embeddings) -> Tensor:
             f'{length} positions and {n} new tokens do not fit in a block_size of {model.block_size}')
     require(length >= getattr(model, 'n_unmasked', 0),
             f'the {getattr(model, "n_unmasked", 0)} unmasked positions must be in the prompt, which has {length}')
-    if known is None: return prompt.new_full((len(prompt), n), -1)
+    if known is None: return prompt.new_full((len(prompt), n), -1), 0
     require(known.shape == (len(prompt), n), f'known tokens must be ({len(prompt)}, {n}), got {tuple(known.shape)}')
-    return known.to(prompt.device)
+    return known.to(prompt.device), int((known >= 0).all(0).cumprod(0).sum())
 
 # %% ../nbs/05a_priors.ipynb #89a300c1
 class CodePrior(nn.Module):
@@ -365,6 +365,7 @@ def nats(self: CodePrior,
     out = self.logits(maps, prompt).float()
     return F.cross_entropy(out.mT, maps.flatten(1), reduction='none').view(maps.shape)
 
+# %% ../nbs/05a_priors.ipynb #f95525bb
 @patch
 def write(self: CodePrior,
     prompt: Tensor,                # prompt tokens, (B, P)
@@ -435,8 +436,9 @@ def effective(
     model: nn.Module,  # any
 ) -> int:
     "How many parameters do something: masked weights do not count"
+    masked = [m for m in model.modules() if isinstance(m, MaskedConv2d)]
     return sum(p.numel() for p in model.parameters()) - sum(
-        m.in_channels * m.out_channels * int((m.mask == 0).sum()) for m in model.modules() if isinstance(m, MaskedConv2d))
+        m.in_channels * m.out_channels * int((m.mask == 0).sum()) for m in masked)
 
 # %% ../nbs/05a_priors.ipynb #c5bce997
 class PixelCNN(nn.Module):
@@ -455,18 +457,20 @@ class PixelCNN(nn.Module):
         self.rest = nn.Sequential(*(_MaskedBlock(width) for _ in range(depth)), nn.ReLU(),
                                   nn.Conv2d(width, vocab_size, 1))
 
-    def forward(self,
-        tokens: Tensor,      # a label (B, 1), then the codes so far
-        memory=None,         # must be None
-        embeddings=None,     # must be None
-        last: bool = False,  # only the last position's logits
-    ) -> Tensor:             # (B, L, V), or (B, 1, V)
-        "Logits for the token after each position"
-        require(memory is None and embeddings is None, 'a PixelCNN has no memory and takes no embeddings')
-        label, codes = self.tok_emb(tokens[:, 0]), F.pad(tokens[:, 1:], (0, self.block_size + 1 - tokens.shape[1]))
-        x = self.tok_emb(codes).mT.unflatten(-1, self.shape)
-        out = self.rest(self.first(x) + self.pos + label[:, :, None, None]).flatten(2).mT
-        return out[:, tokens.shape[1] - 1:tokens.shape[1]] if last else out[:, :tokens.shape[1]]
+# %% ../nbs/05a_priors.ipynb #39fc7634
+@patch
+def forward(self: PixelCNN,
+    tokens: Tensor,      # a label (B, 1), then the codes so far
+    memory=None,         # must be None
+    embeddings=None,     # must be None
+    last: bool = False,  # only the last position's logits
+) -> Tensor:             # (B, L, V), or (B, 1, V)
+    "Logits for the token after each position"
+    require(memory is None and embeddings is None, 'a PixelCNN has no memory and takes no embeddings')
+    label, codes = self.tok_emb(tokens[:, 0]), F.pad(tokens[:, 1:], (0, self.block_size + 1 - tokens.shape[1]))
+    x = self.tok_emb(codes).mT.unflatten(-1, self.shape)
+    out = self.rest(self.first(x) + self.pos + label[:, :, None, None]).flatten(2).mT
+    return out[:, tokens.shape[1] - 1:tokens.shape[1]] if last else out[:, :tokens.shape[1]]
 
 # %% ../nbs/05a_priors.ipynb #7cdff23c
 def fashion_prior() -> CodePrior:
@@ -516,7 +520,8 @@ def evaluate_prior(
 # %% ../nbs/05a_priors.ipynb #7292190e
 vqvae_fashion_prior = register(Recipe(
     name='vqvae_fashion_prior', about="transformer prior over vqvae_fashion's 49 codes, with a label in front",
-    data=lambda budget: fashion_codes('train', 2000 if budget == 'smoke' else None), model=fashion_prior, loss=prior_loss,
+    data=lambda budget: fashion_codes('train', 2000 if budget == 'smoke' else None),
+    model=fashion_prior, loss=prior_loss,
     settings=dict(smoke=dict(steps=24, batch_size=32, lr=3e-3, warmup=5, ema=.9),
                   laptop=dict(steps=2400, batch_size=64, lr=3e-3, weight_decay=.01, ema=.998),
                   gpu=dict(steps=12_000, batch_size=256, lr=2e-3, weight_decay=.05)),
@@ -540,16 +545,18 @@ class PatchEncoder(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, out)
 
-    def features(self,
-        x: Tensor,                   # pictures, (B, C, H, W) in [-1, 1]
-        hide: Tensor | None = None,  # True where a patch is hidden, (B, patches)
-    ) -> Tensor:                     # (B, patches, width)
-        "What the network makes of every patch"
-        h = self.look(patches_of(x, self.patch))
-        if hide is not None: h = torch.where(hide[..., None], self.hidden, h)
-        h = h + self.pos
-        for block in self.blocks: h = block(h)
-        return self.norm(h)
+# %% ../nbs/05a_priors.ipynb #a3505126
+@patch
+def features(self: PatchEncoder,
+    x: Tensor,                   # pictures, (B, C, H, W) in [-1, 1]
+    hide: Tensor | None = None,  # True where a patch is hidden, (B, patches)
+) -> Tensor:                     # (B, patches, width)
+    "What the network makes of every patch"
+    h = self.look(patches_of(x, self.patch))
+    if hide is not None: h = torch.where(hide[..., None], self.hidden, h)
+    h = h + self.pos
+    for block in self.blocks: h = block(h)
+    return self.norm(h)
 
 # %% ../nbs/05a_priors.ipynb #d75dba99
 def patches_of(
