@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['OPENERS', 'SOURCES', 'STYLES', 'SUFFIXES', 'LOADERS', 'ImageSet', 'read_idx', 'Source', 'idx_path', 'idx_folder',
            'read_split', 'check_split', 'idx_set', 'fashion_mnist', 'mnist', 'cifar10', 'from_torchvision', 'npm_pack',
-           'from_npm', 'write_idx', 'replace_folder', 'fetch', 'binarise', 'emoji_tiles', 'emoji_table', 'emoji',
-           'shapes', 'picture_files', 'read_picture', 'read_captions', 'image_folder', 'names', 'load', 'get', 'verify',
-           'epoch_order', 'stream', 'Batcher']
+           'from_npm', 'write_idx', 'replace_folder', 'fetch', 'binarise', 'atlas_tiles', 'emoji_tiles', 'emoji_table',
+           'emoji', 'groceries', 'shapes', 'picture_files', 'read_picture', 'read_captions', 'image_folder', 'names',
+           'load', 'get', 'verify', 'epoch_order', 'stream', 'Batcher']
 
 # %% ../nbs/01_data.ipynb #0d3df20f
 import csv, gzip, hashlib, json, lzma, os, shutil, struct, subprocess, tarfile, tempfile, time, zlib
@@ -328,17 +328,24 @@ def binarise(
 # %% ../nbs/01_data.ipynb #c113aa77
 STYLES = ('noto', 'twemoji', 'fluent')
 
-def emoji_tiles(
-    style: str,     # one of `STYLES`
+def atlas_tiles(
+    name: str,      # of an embedded atlas of 64×64 pictures
     size: int = 64, # pixels per side, a divisor of 64: each pixel is the mean of the block it replaces
-) -> Tensor:        # bytes, (N, 3, size, size), in the order of the table
-    "All the pictures of one style (the last row of the atlas may end in blanks)"
+) -> Tensor:        # bytes, (N, 3, size, size), row by row (the last row may end in blanks)
+    "All the pictures of an atlas"
     from PIL import Image
     require(size > 0 and 64 % size == 0, f'size {size} must divide 64')
-    with Image.open(asset(f'sets/emoji/{style}.webp')) as file: image = file.convert('RGB').reduce(64 // size)
+    with Image.open(asset(name)) as file: image = file.convert('RGB').reduce(64 // size)
     rows, columns = image.height // size, image.width // size
     tiles = torch.from_numpy(np.array(image)).reshape(rows, size, columns, size, 3)
     return tiles.permute(0, 2, 4, 1, 3).reshape(-1, 3, size, size)
+
+def emoji_tiles(
+    style: str,     # one of `STYLES`
+    size: int = 64, # pixels per side, a divisor of 64
+) -> Tensor:        # bytes, (N, 3, size, size), in the order of the table
+    "All the pictures of one style"
+    return atlas_tiles(f'sets/emoji/{style}.webp', size)
 
 # %% ../nbs/01_data.ipynb #fcf6da36
 def emoji_table() -> list[dict]:
@@ -370,6 +377,18 @@ def _with_words(images: Tensor, name: str, chosen: list) -> ImageSet:
     extra = {k: [c[k] for c, _, _ in chosen] for k in ('code', 'name', 'keywords', 'category', 'subcategory')}
     captions = [f'{c["phrase"]}, {s} style' for c, s, _ in chosen]
     return ImageSet(images, name, labels, classes, captions, {**extra, 'style': [s for _, s, _ in chosen]})
+
+# %% ../nbs/01_data.ipynb #a7c01d13
+def groceries(
+    split: str = 'train', # 'train' or 'test'
+    size: int = 64,       # pixels per side: 64, 32, 16, 8 …
+) -> ImageSet:            # pictures (N, 3, size, size); labels are kinds of fruit
+    "Photographs of fruit in a supermarket"
+    check_split(split)
+    table = json.loads(asset('sets/groceries/groceries.json').read_text(encoding='utf-8'))
+    labels = torch.tensor(table[split])
+    images = atlas_tiles(f'sets/groceries/{split}.webp', size)[:len(labels)]
+    return ImageSet(images, f'groceries {split}, {len(labels)} photographs, {size}×{size}', labels, table['kinds'])
 
 # %% ../nbs/01_data.ipynb #bb5bacbd
 def shapes(
@@ -459,7 +478,8 @@ def image_folder(
     return ImageSet(torch.from_numpy(np.stack(pictures)), name, captions=words, extra={'file': names})
 
 # %% ../nbs/01_data.ipynb #172e9e5d
-LOADERS = {'fashion_mnist': fashion_mnist, 'mnist': mnist, 'cifar10': cifar10, 'emoji': emoji}
+LOADERS = {'fashion_mnist': fashion_mnist, 'mnist': mnist, 'cifar10': cifar10, 'emoji': emoji,
+           'groceries': groceries}
 
 def names() -> list[str]:
     "The sets that `load` knows"

