@@ -43,7 +43,7 @@ def by_place(codes, n, seed):
 def generate(level, seeds) -> dict:
     "VQ-1: pictures from codes of three origins, and from the test set's own codes as the best that is possible"
     n, model = SAMPLES[level], load_weights('vqvae_fashion_prior', fashion_prior()).eval()
-    extractor, codes = get_extractor('fashion_classifier'), fashion_codes('train', None if level != 'smoke' else 500)
+    extractor, codes = get_extractor('fashion_classifier'), fashion_codes('train', 10_000 if level != 'smoke' else 500)
     reference = statistics(data.fashion_mnist('train'), extractor)
     decode = lambda maps: torch.cat([tokenizer().decode(part) for part in maps.split(500)])
     fid = lambda x: feature_fid(x, reference, extractor, resamples=0).value
