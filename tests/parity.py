@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffcourse import adm, cfg, ddim, ddpm, iddpm, inception, layers, metrics, openai_unet, scores, train, unet, vqvae, vqvae2
+from diffcourse import adm, cfg, ddim, ddpm, iddpm, inception, layers, metrics, openai_unet, priors, scores, train, unet, vqvae, vqvae2
 from diffcourse.core import CourseError, require
 
 HERE = Path(__file__).resolve().parent
@@ -719,6 +719,15 @@ def gd_train_step(g):
                   for what, values in found.items()}
         out |= {f'{k}.{name}': v.detach() for name, v in (terms | {'loss': loss}).items()}
     return out
+
+
+@family('mingpt')
+def mingpt(g):
+    "Logits and mean cross-entropy; dropouts of the configuration do nothing in eval mode"
+    known = ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd', 'n_unmasked')
+    model = priors.GPT(**{k: v for k, v in g.config.items() if k in known}, masks=True)
+    logits = layers.load_strict(model, g.weights()).eval()(g.inputs['idx'], g.inputs.get('embeddings'))
+    return dict(logits=logits, loss=priors.token_loss(logits, g.inputs['targets']))
 
 
 @family('fid_inception_block_*')
