@@ -27,14 +27,24 @@ def attention(
     v: Tensor,                  # values, (B, S, C_v)
     heads: int = 1,             # how many pieces the channels are cut into; must divide C and C_v
     mask: Tensor | None = None, # True where a query may look, or added to the scores; to (B, heads, L, S)
-    causal: bool = False,       # position i sees only positions up to i
+    causal: bool = False,       # nobody sees what comes later; the queries are the last L of the S positions
 ) -> Tensor:                    # (B, L, C_v)
     "Scaled dot-product attention (Vaswani et al. 2017, eq. 1), one for the whole course"
     require(q.shape[-1] % heads == 0 and v.shape[-1] % heads == 0,
             f'{heads} heads do not divide {q.shape[-1]} and {v.shape[-1]} channels')
+    if causal and (mask is not None or q.shape[1] != k.shape[1]):
+        mask, causal = _no_future(mask, q.shape[1], k.shape[1], q.device), False
     cut = lambda x: x.unflatten(-1, (heads, -1)).transpose(1, 2)     # (B, L, C) → (B, heads, L, C / heads)
     out = F.scaled_dot_product_attention(cut(q), cut(k), cut(v), attn_mask=mask, is_causal=causal)
     return out.transpose(1, 2).flatten(2)
+
+def _no_future(mask: Tensor | None, L: int, S: int, device) -> Tensor | None:
+    "A mask that also hides later positions; None where there are none, for a single query at the end"
+    require(L <= S, f'{L} queries cannot be the last of {S} positions')
+    if L == 1: return mask
+    past = torch.ones(L, S, dtype=torch.bool, device=device).tril(S - L)
+    if mask is None: return past
+    return mask & past if mask.dtype == torch.bool else mask.masked_fill(~past, -math.inf)
 
 # %% ../nbs/02a_layers.ipynb #fe32fb8b
 def timestep_embedding(

@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffcourse import adm, cfg, ddim, ddpm, iddpm, inception, layers, metrics, openai_unet, scores, train, unet
+from diffcourse import adm, cfg, ddim, ddpm, iddpm, inception, layers, metrics, openai_unet, priors, scores, train, unet, vqvae
 from diffcourse.core import CourseError, require
 
 HERE = Path(__file__).resolve().parent
@@ -529,6 +529,131 @@ def full_openai_unet(g):
     return run_openai_unet(g, model)
 
 
+def first(q, **given):
+    "A quantiser with the golden's codes and histories, in the layout of our tensors"
+    for name, value in given.items(): getattr(q, name).data.copy_(value)
+    return q.train()
+
+
+def with_gradients(q, z):
+    "The answer, and gradients of loss + Σ z_q² with respect to the input and to the codes (where those have any)"
+    with torch.enable_grad():
+        z, codes = z.clone().requires_grad_(), q.codebook
+        found = q(z)
+        wanted = [z, codes] if codes.requires_grad else [z]
+        return found, *torch.autograd.grad(found.loss + (found.z ** 2).sum(), wanted)
+
+
+def quantiser(config, rule, **how):
+    "From the several names that the same two numbers have"
+    K, D = (next(config[k] for k in names if k in config) for names in (('K', 'n_embed', 'n_e'), ('D', 'dim', 'e_dim')))
+    known = dict(beta=config.get('commitment_cost', config.get('beta', 1.)), decay=config.get('decay', .99),
+                 eps=config.get('epsilon', config.get('eps', 1e-5)))
+    return vqvae.Quantiser(K, D, rule, **known | how)
+
+
+def numbered(g, name):
+    "zN in order"
+    return sorted((k for k in g.inputs if re.fullmatch(rf'{name}\d+', k)), key=lambda k: int(k[len(name):]))
+
+
+@family('vqvae_ema_sonnet')
+def sonnet_quantiser(g):
+    "Channels last; matrices (D, K); averages whose hidden part starts at zero; `plain` has a codebook that learns by gradient"
+    i, out, rows = g.inputs, {}, lambda z: z.movedim(-1, 1)
+    q = first(quantiser(g.config, 'sonnet'), codebook=i['before.embeddings'].T, counts=i['before.ema_cluster_average'],
+              sums=i['before.ema_dw_average'].T)
+    zs = numbered(g, 'z')
+    for z in zs:
+        n, found = z[1:], q(rows(i[z]))
+        out |= {f'step{n}.quantize': found.z.movedim(1, -1), f'step{n}.loss': found.loss.reshape(1), f'step{n}.indices': found.indices,
+                f'step{n}.perplexity': found.perplexity.reshape(1), f'after{n}.embeddings': q.codebook.T.clone(),
+                f'after{n}.ema_cluster_hidden': q.counts.clone(), f'after{n}.ema_dw_hidden': q.sums.T.clone(),
+                f'after{n}.ema_cluster_average': q.counts / q._warm(), f'after{n}.ema_dw_average': q.sums.T / q._warm()}
+    found = q.eval()(rows(i[zs[-1]]))
+    out |= {'eval.quantize': found.z.movedim(1, -1), 'eval.loss': found.loss.reshape(1)}
+    found = first(quantiser(g.config, 'gradient'), codebook=i['before.embeddings'].T)(rows(i[zs[-1]]))
+    return out | {'plain.quantize': found.z.movedim(1, -1), 'plain.loss': found.loss.reshape(1), 'plain.indices': found.indices,
+                  'plain.perplexity': found.perplexity.reshape(1)}
+
+
+@family('vqvae_ema_zalando')
+def zalando_quantiser(g):
+    "Channels first, with gradients"
+    i, out = g.inputs, {}
+    q = first(quantiser(g.config, 'zalando', names='zalando'))
+    layers.load_strict(q, {'_embedding.weight': i['before.embedding'], '_ema_cluster_size': i['before.ema_cluster_size'],
+                           '_ema_w': i['before.ema_w']})
+    for z in numbered(g, 'z'):
+        n, (found, slope) = z[1:], with_gradients(q, i[z])
+        out |= {f'step{n}.quantized': found.z, f'step{n}.loss': found.loss, f'step{n}.indices': found.indices.flatten(),
+                f'step{n}.perplexity': found.perplexity, f'step{n}.grad_z': slope}
+        out |= {f'after{n}.{k.lstrip("_").removesuffix(".weight")}': v.clone() for k, v in q.state_dict().items()}
+    found = q.eval()(i[numbered(g, 'z')[-1]])
+    return out | {'eval.quantized': found.z, 'eval.loss': found.loss}
+
+
+@family('vqvae_zalando_model')
+def zalando_model(g):
+    "The whole small network in eval mode, and its quantiser that learns by gradient"
+    i, c = g.inputs, g.config
+    q = first(quantiser(c, 'gradient'), codebook=i['vq.embedding'])
+    found, slope, codes = with_gradients(q, i['vq.z'])
+    out = {'vq.quantized': found.z, 'vq.loss': found.loss, 'vq.indices': found.indices.flatten(), 'vq.perplexity': found.perplexity,
+           'vq.grad_z': slope, 'vq.grad_embedding': codes}
+    net = vqvae.VQVAE(i['image'].shape[1], c['num_hiddens'], c['num_residual_layers'], c['num_residual_hiddens'], c['K'], c['D'],
+                      block=dict(bias=False, rectified=True), rule='zalando', beta=c['commitment_cost'], decay=c['decay'])
+    layers.load_strict(net, vqvae.from_zalando(g.weights())).eval()
+    z = net.features(i['image'])
+    found = net.quantise(z)
+    return out | {'model.z_pre_vq': z, 'model.loss': found.loss, 'model.perplexity': found.perplexity,
+                  'model.x_recon': net.decoder(found.z)}
+
+
+def rewound(g):
+    """The state before the first step.
+
+    The published golden stored it by reference, so it holds the state after that step. Then the step is undone: averages by its
+    indices and inputs, codes from what it answered; codes that it did not use can be anywhere far away.
+    """
+    i, o, decay = g.inputs, g.outputs, g.config.get('decay', .99)
+    before = {k.removeprefix('before.'): v for k, v in i.items() if k.startswith('before.')}
+    if not all(v.equal(o[f'after1.{k}']) for k, v in before.items()): return before
+    chosen, z = o['step1.indices'].flatten(), i['z1'].flatten(0, -2).double()
+    n = torch.bincount(chosen, minlength=len(before['cluster_size'])).double()
+    s = torch.zeros_like(before['embed_avg'].T, dtype=torch.float64).index_add_(0, chosen, z)
+    back = lambda average, new: ((average.double() - (1 - decay) * new) / decay).float()
+    codes = torch.full_like(before['embed'].T, 1e3)
+    codes[chosen] = o['step1.quantize'].flatten(0, -2)
+    return dict(embed=codes.T, cluster_size=back(before['cluster_size'], n), embed_avg=back(before['embed_avg'], s.T))
+
+
+@family('vqvae2_quantize_rosinality')
+def rosinality_quantiser(g):
+    "Channels last; its keys; the loss without β"
+    i, out = g.inputs, {}
+    q = quantiser(g.config, 'rosinality', beta=1., names='rosinality').train()
+    layers.load_strict(q, rewound(g))
+    for z in numbered(g, 'z'):
+        n, found = z[1:], q(i[z].movedim(-1, 1))
+        out |= {f'step{n}.quantize': found.z.movedim(1, -1), f'step{n}.diff': found.loss, f'step{n}.indices': found.indices}
+        out |= {f'after{n}.{k}': v.clone() for k, v in q.state_dict().items()}
+    return out
+
+
+@family('vqgan_vector_quantizer')
+def vqgan_quantiser(g):
+    "legacy0|1/…: VQGAN's second quantiser with β on either loss; v1/…: its first, which is as legacy"
+    i, out = g.inputs, {}
+    for case in ('legacy0', 'legacy1', 'v1'):
+        q = layers.load_strict(quantiser(g.config, 'gradient', legacy=case != 'legacy0', names='taming'), g.weights())
+        found, slope, codes = with_gradients(q, i['z'])
+        out |= {f'{case}/z_q': found.z, f'{case}/loss': found.loss, f'{case}/indices': found.indices.flatten(),
+                f'{case}/grad_z': slope, f'{case}/grad_embedding': codes, f'{case}/perplexity': found.perplexity}
+    out['v1/indices'] = out['v1/indices'][:, None]
+    return {k: v for k, v in out.items() if k in g.outputs} | dict(get_codebook_entry=q.lookup(found.indices))
+
+
 @family('lit_ema')
 def lit_ema(g):
     "Inputs wN and bN are a network's weights after update N; an input that stops coming stays as it is"
@@ -584,6 +709,15 @@ def gd_train_step(g):
                   for what, values in found.items()}
         out |= {f'{k}.{name}': v.detach() for name, v in (terms | {'loss': loss}).items()}
     return out
+
+
+@family('mingpt')
+def mingpt(g):
+    "Logits and mean cross-entropy; dropouts of the configuration do nothing in eval mode"
+    known = ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd', 'n_unmasked')
+    model = priors.GPT(**{k: v for k, v in g.config.items() if k in known}, masks=True)
+    logits = layers.load_strict(model, g.weights()).eval()(g.inputs['idx'], g.inputs.get('embeddings'))
+    return dict(logits=logits, loss=priors.token_loss(logits, g.inputs['targets']))
 
 
 @family('fid_inception_block_*')

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffcourse import ddim, ddpm, iddpm, layers, metrics, scores, train, unet
+from diffcourse import ddim, ddpm, iddpm, layers, metrics, priors, scores, train, unet
 from diffcourse.core import CourseError
 from tests import parity
 
 HERE = ['calc_bpd_loop', 'ddim_generalized_steps', 'ddpm_unet_ermongroup', 'diffusion_q', 'lit_ema',
-        'loss_second_moment_resampler', 'metrics_features', 'p_mean_variance', 'respacing', 'schedules', 'timestep_embedding', 'training_losses',
+        'loss_second_moment_resampler', 'metrics_features', 'mingpt', 'p_mean_variance', 'respacing', 'schedules', 'timestep_embedding', 'training_losses',
         'vlb_terms']
 
 
@@ -30,7 +30,7 @@ def test_meets_official(name):
 def test_parts_that_must_be_complete():
     done = {name: one(name).note for name in HERE}
     assert done['timestep_embedding'].startswith('10 of 10') and done['p_mean_variance'].startswith('96 of 96')
-    for name in ('ddim_generalized_steps', 'diffusion_q', 'loss_second_moment_resampler', 'respacing', 'schedules', 'training_losses',
+    for name in ('ddim_generalized_steps', 'diffusion_q', 'loss_second_moment_resampler', 'mingpt', 'respacing', 'schedules', 'training_losses',
                  'vlb_terms'):
         got, _, wanted, *_ = done[name].split()
         assert got == wanted, (name, done[name])
@@ -167,7 +167,44 @@ def short_stride(original): return lambda step: .99 * original(step)
 def other_rho(original): return lambda n, low, high, rho=7.: original(n, low, high, rho - .1)
 
 
+def sees_everything(original): return lambda q, k, v, heads=1, mask=None, causal=False: original(q, k, v, heads)
+
+
+def other_heads(original): return lambda q, k, v, heads=1, mask=None, causal=False: original(q, k, v, heads // 2, mask, causal)
+
+
+def keys_for_queries(original):
+    def qkv(self, x):
+        q, k, v = original(self, x)
+        return k, q, v
+    return qkv
+
+
+def norm_after(original):
+    def forward(self, x, mask=None, causal=False, memory=None):
+        x = self.ln1(x + self.attn.proj(priors.attention(*self._qkv(x), self.heads, mask, causal)))
+        return self.ln2(x + self.mlp.get_submodule('2')(self.act(self.mlp.get_submodule('0')(x))))
+    return forward
+
+
+def next_row(original):
+    def forward(self, tokens, embeddings=None, **how):
+        self.pos_emb.data = self.pos_emb.data.roll(-1, 1)
+        return original(self, tokens, embeddings, **how)
+    return forward
+
+
+def not_shifted(original): return lambda logits, targets: original(logits[:, :-1], targets[:, 1:])
+
+
 MUTATIONS = [
+    ('mingpt', priors, 'attention', sees_everything),
+    ('mingpt', priors, 'attention', other_heads),
+    ('mingpt', priors.Block, '_qkv', keys_for_queries),
+    ('mingpt', priors.Block, 'forward', norm_after),
+    ('mingpt', priors.GPT, 'forward', next_row),
+    ('mingpt', priors, 'ACTIVATIONS', lambda original: dict(original, gelu=lambda x: F.gelu(x, approximate='tanh'))),
+    ('mingpt', priors, 'token_loss', not_shifted),
     ('timestep_embedding', layers, 'timestep_embedding', swap_halves),
     ('timestep_embedding', layers, 'timestep_embedding', other_frequencies),
     ('timestep_embedding', layers, 'timestep_embedding', integer_time),
