@@ -288,12 +288,12 @@ def load_official(
         load_strict(getattr(model, name), state, str(path))
     return model.eval()
 
-# %% ../nbs/07_dvae.ipynb #406d9cf7
+# %% ../nbs/07_dvae.ipynb #df71607d
 def loss_dvae(
-    β: float = 6.6,            # weight of the rate in the end; 1 is the bound
-    β_steps: int = 0,          # over which it rises from 0
+    β: tuple = (0., 6.6),      # weight of the rate at first and in the end; 1 is the bound
+    β_steps: int = 5000,       # over which it changes
     τ: tuple = (1., 1 / 16),   # temperature at first and in the end
-    τ_steps: int = 1000,       # over which it falls
+    τ_steps: int = 150_000,    # over which it falls
     balance: float = 0.,       # extra weight of the batch's mean distribution (@eq-dvae-surgery)
 ) -> Callable:                 # a Trainer loss, in nats per pixel value
     "Minus the bound with the paper's two annealings (@eq-dvae-loss)"
@@ -303,8 +303,7 @@ def loss_dvae(
         z = gumbel_softmax(logits, draws.uniform(*logits.shape), t)
         distortion = -logit_laplace(map_pixels((x + 1) / 2), *model.pixels(z)).mean()
         rate, share = uniform_kl(logits).mean(), logits[0, 0].numel() / x[0].numel()     # nats per tile, tiles per value
-        weight = β if not β_steps else anneal(draws.step, β_steps, 0., β)
-        total = distortion + weight * share * rate
+        total = distortion + anneal(draws.step, β_steps, *β) * share * rate
         if balance: total = total + balance * share * marginal_kl(logits)
         return total, dict(rate=rate, distortion=distortion, τ=torch.tensor(t))
     return loss
@@ -332,7 +331,7 @@ def evaluate_words(
     return dict(mse=float((drawn - x).double().square().mean()), psnr=float(psnr(drawn, x).mean()),
                 perplexity=float(perplexity(counts)), used=float((counts > 0).double().mean()))
 
-# %% ../nbs/07_dvae.ipynb #ecc16ac1
+# %% ../nbs/07_dvae.ipynb #fbd7cc48
 def dvae_recipe(
     name: str,       # of the recipe and of its weights
     about: str,      # one line
@@ -346,7 +345,7 @@ def dvae_recipe(
     common = dict(lr=3e-3)
     return register(Recipe(
         name=name, about=about, data=train, model=lambda: DVAE(**size | model),
-        loss=loss_dvae(β=.5, τ=(1., 1 / 8), τ_steps=1000, balance=5.),
+        loss=loss_dvae(β=(1., .1), β_steps=steps, τ=(1., 1 / 8), τ_steps=2 * steps // 3, balance=10.),
         settings=dict(smoke=dict(common, steps=24, batch_size=16, warmup=5, ema=.9),
                       laptop=dict(common, steps=steps, batch_size=32, ema=.998),
                       gpu=dict(common, steps=20_000, batch_size=256)),
