@@ -331,7 +331,7 @@ def evaluate_words(
     return dict(mse=float((drawn - x).double().square().mean()), psnr=float(psnr(drawn, x).mean()),
                 perplexity=float(perplexity(counts)), used=float((counts > 0).double().mean()))
 
-# %% ../nbs/07_dvae.ipynb #fbd7cc48
+# %% ../nbs/07_dvae.ipynb #6f5c1126
 def dvae_recipe(
     name: str,       # of the recipe and of its weights
     about: str,      # one line
@@ -347,15 +347,15 @@ def dvae_recipe(
         name=name, about=about, data=train, model=lambda: DVAE(**size | model),
         loss=loss_dvae(β=(1., .1), β_steps=steps, τ=(1., 1 / 8), τ_steps=2 * steps // 3, balance=10.),
         settings=dict(smoke=dict(common, steps=24, batch_size=16, warmup=5, ema=.9),
-                      laptop=dict(common, steps=steps, batch_size=32, ema=.998),
+                      laptop=dict(common, steps=steps, batch_size=16, ema=.998),
                       gpu=dict(common, steps=20_000, batch_size=256)),
         reconstruct=lambda net, x: net(x), evaluate=lambda net: evaluate_words(net, test())))
 
-# %% ../nbs/07_dvae.ipynb #34b44cbc
+# %% ../nbs/07_dvae.ipynb #a2d3a077
 dvae_shapes = dvae_recipe(
     'dvae_shapes', 'dVAE of 32×32 scenes of shapes: 8×8 words out of 128',
     lambda budget: data.shapes(dict(smoke=500, laptop=10_000, gpu=100_000)[budget], things=(1, 2)),
-    lambda: to_float(data.shapes(1000, seed=1, things=(1, 2)).images), 1500, vocab_size=128)
+    lambda: to_float(data.shapes(1000, seed=1, things=(1, 2)).images), 2000, vocab_size=128)
 dvae_emoji = dvae_recipe(
     'dvae_emoji', 'dVAE of 32×32 emoji: 8×8 words out of 128', lambda budget: data.emoji('train', size=32),
-    lambda: to_float(data.emoji('test', size=32).images), 1500, vocab_size=128)
+    lambda: to_float(data.emoji('test', size=32).images), 1600, vocab_size=128)
