@@ -181,7 +181,7 @@ def decode(self: BPE,
     raw = b''.join(b' ' if c == ' ' else bytes([numbers[c]]) for c in text)
     return raw.decode('utf-8', 'replace').strip()
 
-# %% ../nbs/07a_dalle.ipynb #3cc4d61b
+# %% ../nbs/07a_dalle.ipynb #15f9600e
 @lru_cache(1)
 def shapes_bpe() -> BPE:
     "The vocabulary of the captions of scenes"
@@ -190,7 +190,7 @@ def shapes_bpe() -> BPE:
 @lru_cache(1)
 def emoji_bpe() -> BPE:
     "The vocabulary of the captions of emoji"
-    return BPE.train(data.emoji('train').captions, 1024)
+    return BPE.train(data.emoji('train').captions, 832)
 
 # %% ../nbs/07a_dalle.ipynb #0a69ccf1
 CLIP_SPECIALS = ('<|startoftext|>', '<|endoftext|>')
@@ -248,7 +248,7 @@ def attention_pattern(
     mask[text:, text:] = seen
     return mask
 
-# %% ../nbs/07a_dalle.ipynb #8ae98bad
+# %% ../nbs/07a_dalle.ipynb #d23aeb6b
 class DALLE(nn.Module):
     "p(caption, picture): a start, L words of text, h·w words of a picture"
     def __init__(self,
@@ -256,7 +256,7 @@ class DALLE(nn.Module):
         text_length: int,         # L, positions for text
         image_words: int,         # K, size of the picture's vocabulary
         grid: tuple = (8, 8),     # (h, w), words of a picture
-        width: int = 96,          # of the transformer's stream
+        width: int = 80,          # of the transformer's stream
         heads: int = 4,           # of its attention
         layers: Sequence[str] = ('row', 'column', 'row', 'conv'), # the pattern of each layer
     ):
