@@ -1,6 +1,6 @@
 """Drawing pictures: this package against diffusers' pipelines, side by side in one process; and quality against time.
 
-    python benchmarks/sampling.py [--n 16] [--steps 20] [--rounds 7] [--threads N] [--json FILE]
+    python benchmarks/sampling.py [--n 16] [--steps 20] [--rounds 7] [--threads N] [--compile] [--json FILE]
     python benchmarks/sampling.py --quality [--samples 500] [--passes 5 10 20 50] [--plot FILE.png]   # feature-FID and time by sampler
 
 Both draw with the same network and the same weights (the shipped ddpm_fashion, renamed for diffusers' UNet2DModel), in equally many
@@ -37,13 +37,20 @@ def ours(
     steps: int,                   # passes through the network
     sampler=ddim,                 # of `diffcourse.ddim`
     channels_last: bool = False,  # memory layout
-    bf16: bool | None = None,     # default: where it pays
+    compiled: bool = False,       # through torch.compile with the weights frozen in
 ):                                # a function of a seed that draws
-    "This package's sampler"
+    "This package's sampler, from the noise that diffusers draws for this seed"
     net = network().to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    denoiser = picture_denoiser(net)
+    denoiser = picture_denoiser(torch.compile(net) if compiled else net)
     path = denoiser.schedule.steps(range(0, 1000, 1000 // steps))
-    return lambda seed: sample(denoiser, (n, 1, 28, 28), path, seed, sampler, batch_size=n, bf16=bf16).clamp(-1, 1)
+
+    @torch.inference_mode()
+    def draw(seed):
+        gen = torch.Generator().manual_seed(seed)
+        x = torch.randn(n, 1, 28, 28, generator=gen)
+        for x in sampler(denoiser, path, x, gen): pass
+        return x.clamp(-1, 1)
+    return draw
 
 
 def theirs(
@@ -63,7 +70,8 @@ def theirs(
     if scheduler == 'DDIMScheduler':
         pipe = diffusers.DDIMPipeline(model, made)
         pipe.set_progress_bar_config(disable=True)
-        draw = lambda seed: pipe(n, torch.Generator().manual_seed(seed), num_inference_steps=steps, output_type='np').images
+        draw = lambda seed: pipe(n, torch.Generator().manual_seed(seed), num_inference_steps=steps, output_type='np',
+                                 use_clipped_model_output=True).images   # ε follows the clipped x0, as here
         return lambda seed: torch.from_numpy(draw(seed)).permute(0, 3, 1, 2) * 2 - 1
     return partial(_loop, model, made, n, steps)
 
@@ -77,18 +85,26 @@ def _loop(model, scheduler, n, steps, seed):
     return x.clamp(-1, 1)
 
 
-def contenders(n, steps):
+def contenders(n, steps, compiled=False):
     "name → a function of a seed"
-    return {'diffusers, DDIMPipeline': theirs(n, steps), '  channels-last': theirs(n, steps, channels_last=True),
+    table = {'diffusers, DDIMPipeline': theirs(n, steps), '  channels-last': theirs(n, steps, channels_last=True),
             'diffusers, DPM-Solver++(2M) loop': theirs(n, steps, 'DPMSolverMultistepScheduler'),
-            'diffcourse, ddim': ours(n, steps), '  contiguous, float32': ours(n, steps, bf16=False),
-            '  channels-last.': ours(n, steps, channels_last=True), 'diffcourse, dpm_2m': ours(n, steps, dpm_2m)}
+            'diffcourse, ddim': ours(n, steps), '  channels-last.': ours(n, steps, channels_last=True),
+            'diffcourse, dpm_2m': ours(n, steps, dpm_2m)}
+    if compiled:
+        import torch._inductor.config as inductor
+        inductor.freezing = True                            # weights become constants, laid out once as the convolutions want them
+        table['  compiled'] = ours(n, steps, compiled=True)
+    return table
 
 
 def measure(table, rounds) -> dict:
     "name → seconds and CPU seconds of each round; every round in a new order"
-    seconds, cpu, order = {k: [] for k in table}, {k: [] for k in table}, list(table)
-    first = {k: draw(0) for k, draw in table.items()}                                  # warm, and what they draw
+    seconds, cpu, order, first, warm = {k: [] for k in table}, {k: [] for k in table}, list(table), {}, {}
+    for k, draw in table.items():                                                      # warm, and what they draw
+        start = time.perf_counter()
+        first[k] = draw(0)
+        warm[k] = time.perf_counter() - start
     for k, x in first.items(): assert bool(x.isfinite().all()) and x.abs().max() <= 1 + 1e-5, k
     for r in range(rounds):
         random.Random(r).shuffle(order)
@@ -98,7 +114,8 @@ def measure(table, rounds) -> dict:
             seconds[k].append(time.perf_counter() - start)
             cpu[k].append(time.process_time() - used)
     same = float((first['diffusers, DDIMPipeline'] - first['diffcourse, ddim']).abs().max())
-    return dict(seconds=seconds, cpu=cpu, largest_difference=same)
+    assert same < 1e-3, f'the two do not compute the same pictures: they differ by {same}'
+    return dict(seconds=seconds, cpu=cpu, warm=warm, largest_difference=same)
 
 
 def report(result, n) -> str:
@@ -107,11 +124,12 @@ def report(result, n) -> str:
     ratio = lambda kind, k: statistics.median(b / a for a, b in zip(result[kind][k], result[kind][base]))
     for k, v in result['seconds'].items():
         rows.append(f'| {k.replace("  ", "&emsp;")} | {n / statistics.median(v):.1f} | {ratio("seconds", k):.2f}× | {ratio("cpu", k):.2f}× |')
+    if '  compiled' in result['warm']: rows += ['', f'First call of the compiled network: {result["warm"]["  compiled"]:.0f} s.']
     return '\n'.join(rows + ['', f'Largest difference between the two DDIM pictures of one seed: {result["largest_difference"]:.1e}'])
 
 
 def quality(samples, counts) -> list:
-    "Feature-FID and seconds a picture by sampler and number of passes"
+    "Feature-FID and seconds a picture by sampler and number of passes; on a CPU the process's own seconds, whatever else runs"
     device, net = default_device(), network()
     net, rows = net.to(device, memory_format=torch.channels_last), []
     model = metrics.get_extractor('fashion_classifier', device)
@@ -120,9 +138,10 @@ def quality(samples, counts) -> list:
         denoiser = picture_denoiser(net)
         for passes in counts:
             path = denoiser.schedule.steps(quadratic_timesteps(1000, (passes + 1) // 2 if name == 'heun' else passes))
-            start = time.perf_counter()
+            clock = time.perf_counter if device.type == 'cuda' else time.process_time
+            start = clock()
             x = sample(denoiser, (samples, 1, 28, 28), path, 0, sampler, batch_size=64).clamp(-1, 1)
-            took = time.perf_counter() - start
+            took = clock() - start
             score = metrics.feature_fid(x, reference, model)
             rows.append(dict(sampler=name, passes=passes, seconds=took / samples, fid=score.value, low=score.low, high=score.high))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
@@ -152,6 +171,7 @@ def main(argv=None):
     p.add_argument('--steps', type=int, default=20)
     p.add_argument('--rounds', type=int, default=7)
     p.add_argument('--threads', type=int)
+    p.add_argument('--compile', action='store_true', help='also this sampler with a compiled network; the first call takes minutes on a CPU')
     p.add_argument('--quality', action='store_true')
     p.add_argument('--samples', type=int, default=500)
     p.add_argument('--passes', type=int, nargs='+', default=(5, 10, 20, 50))
@@ -164,7 +184,7 @@ def main(argv=None):
         if a.plot: plot(rows, a.plot)
         print('\n'.join(['| sampler | passes | ms a picture | feature-FID | 95 % |', '|---|---:|---:|---:|---|'] + [
             f"| {r['sampler']} | {r['passes']} | {1000 * r['seconds']:.0f} | {r['fid']:.2f} | {r['low']:.2f} … {r['high']:.2f} |" for r in rows]))
-    else: print(report(rows := measure(contenders(a.n, a.steps), a.rounds), a.n))
+    else: print(report(rows := measure(contenders(a.n, a.steps, a.compile), a.rounds), a.n))
     print(f'\n{device_name(default_device())}, PyTorch {torch.__version__}')
     if a.json: a.json.write_text(json.dumps(rows, indent=1) + '\n', encoding='utf-8')
 

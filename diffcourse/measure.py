@@ -354,7 +354,7 @@ def _kernel(real, fake, o):
     "KID"
     x, y = real.rows['features'], fake.rows['features']
     least = min(len(x), len(y))
-    size = o['subset'] if least > o['subset'] else max(2, least // 2)   # subsets of everything would not scatter
+    size = max(2, min(o['subset'], least // 2))   # subsets of nearly everything would not scatter
     values = kid(x, y, size=size)
     mean, scatter = float(values.mean()), float(values.std())
     half = 1.96 * scatter * (size / (least - size))**.5 if least > size else math.nan
