@@ -146,7 +146,7 @@ class BPE:
 
     def __len__(self) -> int: return len(self.symbols)
 
-# %% ../nbs/07a_dalle.ipynb #bd6fc620
+# %% ../nbs/07a_dalle.ipynb #545e4a48
 @patch
 def pieces(self: BPE,
     word: str,                          # without spaces
@@ -162,6 +162,7 @@ def pieces(self: BPE,
         symbols = merged(symbols, min(there, key=self.rank.get))
     return symbols
 
+# %% ../nbs/07a_dalle.ipynb #31289c8e
 @patch
 def encode(self: BPE,
     text: str,                          # any
@@ -212,7 +213,7 @@ def clip_bpe(
     require(all(len(m) == 2 for m in merges) and len(merges) == 48894, f'{path} does not hold 48,894 merges')
     return BPE(merges, CLIP_SPECIALS)
 
-# %% ../nbs/07a_dalle.ipynb #c51d73cf
+# %% ../nbs/07a_dalle.ipynb #8fd8446b
 def caption_tokens(
     bpe: BPE,                 # vocabulary, V symbols
     captions: Sequence[str],  # B of them; '' is the null caption
@@ -222,7 +223,7 @@ def caption_tokens(
     require(not isinstance(captions, str), 'captions must be a list of strings, not one string')
     rows = [bpe.encode(c) for c in captions]
     long = [c for c, r in zip(captions, rows) if len(r) > length]
-    if long: warnings.warn(f'{len(long)} of {len(rows)} captions are cut to {length} symbols, the first: {long[0]!r:.60}')
+    if long: warnings.warn(f'{len(long)} of {len(rows)} captions are cut to {length} symbols, first {long[0]!r:.60}')
     pad = torch.arange(len(bpe), len(bpe) + length)
     out = pad.repeat(len(rows), 1)
     for row, r in zip(out, rows): row[:len(r)] = torch.tensor(r[:length], dtype=torch.long)
@@ -318,7 +319,7 @@ def write_words(
     drawn = generate(model.net, model.prompt(text.to(device)), h * w, allowed=allowed, known=known, seed=seed, **dials)
     return drawn.view(-1, h, w) - model.first
 
-# %% ../nbs/07a_dalle.ipynb #ecbda0eb
+# %% ../nbs/07a_dalle.ipynb #0fce8684
 def paint(
     model: DALLE,             # writes the words
     vocabulary: nn.Module,    # draws them: a `DVAE` or a `VQVAE`
@@ -331,6 +332,7 @@ def paint(
     words = write_words(model, caption_tokens(bpe, captions, model.text_length), seed, **dials)
     with torch.no_grad(): return torch.cat([vocabulary.decode(part) for part in words.split(256)])
 
+# %% ../nbs/07a_dalle.ipynb #80637622
 @torch.no_grad()
 def complete(
     model: DALLE,             # writes the words
@@ -440,10 +442,11 @@ def as_words(
         warnings.simplefilter('ignore')
         return dict(x=x, y=caption_tokens(bpe, pictures.captions, length))
 
-# %% ../nbs/07a_dalle.ipynb #da9f64cb
+# %% ../nbs/07a_dalle.ipynb #d633e0cd
 ASKED = ('a large red circle', 'a small blue square at night', 'a large green triangle', 'a small yellow cross',
          'a large purple diamond at night', 'a small red circle left of a large blue square',
-         'a large cyan cross above a small orange circle', 'a small green diamond right of a large yellow circle at night')
+         'a large cyan cross above a small orange circle',
+         'a small green diamond right of a large yellow circle at night')
 MEANT = ('a red apple, noto style', 'a grinning face, twemoji style', 'a red heart, fluent style', 'a star, noto style',
          'a dog face, fluent style', 'a tree, twemoji style', 'a blue circle, noto style', 'a flag, twemoji style')
 

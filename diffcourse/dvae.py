@@ -165,7 +165,7 @@ class Encoder(nn.Module):
                 f'got {tuple(x.shape)}')
         return self.blocks(x)
 
-# %% ../nbs/07_dvae.ipynb #bfe17a81
+# %% ../nbs/07_dvae.ipynb #60ccf8a7
 class Decoder(nn.Module):
     "Words (one-hot or mixtures) → μ and ln b of every pixel"
     def __init__(self,
@@ -185,7 +185,8 @@ class Decoder(nn.Module):
         z: Tensor,  # weights of the words, (B, K, h, w)
     ) -> Tensor:    # (B, 2·C, H, W): μ of each channel, then ln b of each
         "Parameters of the pixels' distributions"
-        require(z.ndim == 4 and z.shape[1] == self.words, f'words must be (B, {self.words}, h, w), got {tuple(z.shape)}')
+        require(z.ndim == 4 and z.shape[1] == self.words,
+                f'words must be (B, {self.words}, h, w), got {tuple(z.shape)}')
         return self.blocks(z)
 
 # %% ../nbs/07_dvae.ipynb #b63de09a
@@ -288,7 +289,7 @@ def load_official(
         load_strict(getattr(model, name), state, str(path))
     return model.eval()
 
-# %% ../nbs/07_dvae.ipynb #df71607d
+# %% ../nbs/07_dvae.ipynb #0ce42dd6
 def loss_dvae(
     β: tuple = (0., 6.6),      # weight of the rate at first and in the end; 1 is the bound
     β_steps: int = 5000,       # over which it changes
@@ -302,7 +303,7 @@ def loss_dvae(
         logits = model.logits(x).float()
         z = gumbel_softmax(logits, draws.uniform(*logits.shape), t)
         distortion = -logit_laplace(map_pixels((x + 1) / 2), *model.pixels(z)).mean()
-        rate, share = uniform_kl(logits).mean(), logits[0, 0].numel() / x[0].numel()     # nats per tile, tiles per value
+        rate, share = uniform_kl(logits).mean(), logits[0, 0].numel() / x[0].numel()  # nats per tile, tiles per value
         total = distortion + anneal(draws.step, β_steps, *β) * share * rate
         if balance: total = total + balance * share * marginal_kl(logits)
         return total, dict(rate=rate, distortion=distortion, τ=torch.tensor(t))
