@@ -87,7 +87,7 @@ class Draws:
         world: int = 1,                      # how many there are
     ):
         self.gen = generator((seed * 1_000_003 + step) % 2**63, device)
-        self.rank, self.world = rank, world
+        self.step, self.rank, self.world = step, rank, world   # the step: for losses that anneal something
 
     def _share(self, draw, n):
         "Draw for all processes, `n` rows each; keep this one's"

@@ -27,7 +27,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffcourse import adm, cfg, ddim, ddpm, iddpm, inception, layers, metrics, openai_unet, priors, scores, train, unet, vqvae, vqvae2
+from diffcourse import (adm, cfg, ddim, ddpm, dvae, iddpm, inception, layers, metrics, openai_unet, priors, scores, train, unet, vqvae,
+                        vqvae2)
 from diffcourse.core import CourseError, require
 
 HERE = Path(__file__).resolve().parent
@@ -795,6 +796,28 @@ def adm_evaluator(g):
             n, m = map(int, name.rpartition('_')[2].split('x'))
             out[name] = scores.distances(real[:n], fake[:m], 'adm')
     return {name: torch.as_tensor(v).reshape(g.outputs[name].shape) for name, v in out.items() if name in g.outputs}
+
+
+@family('full__dalle_dvae*', 'dalle_dvae*')
+def dalle_dvae(g):
+    "The dVAE's encoder and decoder: logits, words, statistics of the pixels, and the picture"
+    i = g.inputs
+    if 'salt' in g.info:
+        parts = [procedural(g.schema(k)['state_dict'], g.info['salt'] + name, g.info.get('gain', 1.))
+                 for k, name in enumerate(('encoder.', 'decoder.'))]
+    else:
+        w = g.weights()
+        parts = [{k[len(name):]: v for k, v in w.items() if k.startswith(name)} for name in ('encoder.', 'decoder.')]
+    model = dvae.DVAE(**dvae.sizes_of(*parts)).eval()
+    for net, state in zip((model.encoder, model.decoder), parts): layers.load_strict(net, state)
+    x = i['x_mapped'] if 'x_mapped' in i else dvae.map_pixels(i['image01'])
+    logits = model.encoder(x)
+    words = logits.argmax(1)
+    stats = model.decoder(nn.functional.one_hot(words, model.words).movedim(-1, 1).float())
+    out = dict(z_logits=logits, z=words, z_indices=words, map_pixels=x, x_stats=stats,
+               x_rec=dvae.unmap_pixels(stats[:, :model.channels].sigmoid()), x_stats_from_softmax=model.decoder(logits.softmax(1)))
+    if 'unmap_test' in i: out['unmap_test'] = dvae.unmap_pixels(i['unmap_test'])
+    return out
 
 
 # ------------------------------------------------------------------------------------------------------------ comparison

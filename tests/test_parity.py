@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffcourse import ddim, ddpm, iddpm, layers, metrics, priors, scores, train, unet
+from diffcourse import ddim, ddpm, dvae, iddpm, layers, metrics, priors, scores, train, unet
 from diffcourse.core import CourseError
 from tests import parity
 
-HERE = ['calc_bpd_loop', 'ddim_generalized_steps', 'ddpm_unet_ermongroup', 'diffusion_q', 'lit_ema',
+HERE = ['dalle_dvae', 'calc_bpd_loop', 'ddim_generalized_steps', 'ddpm_unet_ermongroup', 'diffusion_q', 'lit_ema',
         'loss_second_moment_resampler', 'metrics_features', 'mingpt', 'p_mean_variance', 'respacing', 'schedules', 'timestep_embedding', 'training_losses',
         'vlb_terms']
 
@@ -197,7 +197,16 @@ def next_row(original):
 def not_shifted(original): return lambda logits, targets: original(logits[:, :-1], targets[:, 1:])
 
 
+def gain_of_one(original):
+    def forward(self, x): return self.id_path(x) + self.res_path(x)
+    return forward
+
+
 MUTATIONS = [
+    ('dalle_dvae', dvae.Block, 'forward', gain_of_one),
+    ('dalle_dvae', dvae, 'map_pixels', lambda original: lambda x: x),
+    ('dalle_dvae', dvae, 'unmap_pixels', lambda original: lambda x: (x - .1) / .8),
+    ('dalle_dvae', dvae.Conv2d, 'forward', lambda original: lambda self, x: F.conv2d(x, self.w, None, padding=self.w.shape[-1] // 2)),
     ('mingpt', priors, 'attention', sees_everything),
     ('mingpt', priors, 'attention', other_heads),
     ('mingpt', priors.Block, '_qkv', keys_for_queries),
