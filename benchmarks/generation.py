@@ -6,9 +6,7 @@ Every contender writes the same tokens greedily (checked). Every round runs ever
 """
 import argparse
 import json
-import random
 import statistics
-import time
 from pathlib import Path
 
 import torch
@@ -17,6 +15,7 @@ from torch import nn
 from diffcourse.core import default_device, generator
 from diffcourse.priors import GPT, generate
 from diffcourse.train import device_name
+from side_by_side import interleaved, ratio
 
 
 def network(tokens, width, layers, vocab=512):
@@ -62,15 +61,8 @@ def contenders(model, prompt, n) -> dict:
 
 def measure(table, rounds) -> dict:
     "name → seconds and CPU seconds of each round; every round in a new order"
-    seconds, cpu, order, wrote = {k: [] for k in table}, {k: [] for k in table}, list(table), {}
     for write in table.values(): write(8)                                            # warm
-    for r in range(rounds):
-        random.Random(r).shuffle(order)
-        for k in order:
-            start, used = time.perf_counter(), time.process_time()
-            wrote[k] = table[k]()
-            seconds[k].append(time.perf_counter() - start)
-            cpu[k].append(time.process_time() - used)
+    seconds, cpu, wrote = interleaved({k: lambda r, write=write: write() for k, write in table.items()}, rounds)
     ours = wrote['diffcourse, KV cache']
     same = {k: float((v == ours).double().mean()) for k, v in wrote.items()}
     return dict(seconds=seconds, cpu=cpu, same=same, different_tokens=len(ours.unique()))
@@ -79,9 +71,8 @@ def measure(table, rounds) -> dict:
 def report(result, tokens) -> str:
     "A Markdown table; ratios are medians of the rounds' ratios"
     base, rows = 'diffcourse, without', ['| contender | tokens/s | against ours without cache | same, by CPU time | same tokens |', '|---|---:|---:|---:|---:|']
-    ratio = lambda kind, k: statistics.median(b / a for a, b in zip(result[kind][k], result[kind][base]))
     for k, v in result['seconds'].items():
-        rows.append(f'| {k} | {tokens / statistics.median(v):.0f} | {ratio("seconds", k):.2f}× | {ratio("cpu", k):.2f}× | {result["same"][k]:.0%} |')
+        rows.append(f'| {k} | {tokens / statistics.median(v):.0f} | {ratio(result["seconds"], base, k):.2f}× | {ratio(result["cpu"], base, k):.2f}× | {result["same"][k]:.0%} |')
     return '\n'.join(rows)
 
 

@@ -8,7 +8,6 @@ passes. Every round runs every contender once, in another order, and medians are
 """
 import argparse
 import json
-import random
 import statistics
 import sys
 import time
@@ -24,6 +23,7 @@ from diffcourse.ddpm import ancestral, ddpm_fashion, picture_denoiser, sample
 from diffcourse.train import device_name
 from diffcourse.weights import load_weights, shipped
 from diffcourse.unet import unet_to_diffusers
+from side_by_side import interleaved, ratio
 
 
 def network():
@@ -100,19 +100,13 @@ def contenders(n, steps, compiled=False):
 
 def measure(table, rounds) -> dict:
     "name → seconds and CPU seconds of each round; every round in a new order"
-    seconds, cpu, order, first, warm = {k: [] for k in table}, {k: [] for k in table}, list(table), {}, {}
+    first, warm = {}, {}
     for k, draw in table.items():                                                      # warm, and what they draw
         start = time.perf_counter()
         first[k] = draw(0)
         warm[k] = time.perf_counter() - start
     for k, x in first.items(): assert bool(x.isfinite().all()) and x.abs().max() <= 1 + 1e-5, k
-    for r in range(rounds):
-        random.Random(r).shuffle(order)
-        for k in order:
-            start, used = time.perf_counter(), time.process_time()
-            table[k](r + 1)
-            seconds[k].append(time.perf_counter() - start)
-            cpu[k].append(time.process_time() - used)
+    seconds, cpu, _ = interleaved({k: lambda r, draw=draw: draw(r + 1) for k, draw in table.items()}, rounds)
     same = float((first['diffusers, DDIMPipeline'] - first['diffcourse, ddim']).abs().max())
     assert same < 1e-3, f'the two do not compute the same pictures: they differ by {same}'
     return dict(seconds=seconds, cpu=cpu, warm=warm, largest_difference=same)
@@ -121,9 +115,8 @@ def measure(table, rounds) -> dict:
 def report(result, n) -> str:
     "A Markdown table; ratios are medians of the rounds' ratios"
     base, rows = 'diffusers, DDIMPipeline', ['| contender | pictures/s | against the pipeline | same, by CPU time |', '|---|---:|---:|---:|']
-    ratio = lambda kind, k: statistics.median(b / a for a, b in zip(result[kind][k], result[kind][base]))
     for k, v in result['seconds'].items():
-        rows.append(f'| {k.replace("  ", "&emsp;")} | {n / statistics.median(v):.1f} | {ratio("seconds", k):.2f}× | {ratio("cpu", k):.2f}× |')
+        rows.append(f'| {k.replace("  ", "&emsp;")} | {n / statistics.median(v):.1f} | {ratio(result["seconds"], base, k):.2f}× | {ratio(result["cpu"], base, k):.2f}× |')
     if '  compiled' in result['warm']: rows += ['', f'First call of the compiled network: {result["warm"]["  compiled"]:.0f} s.']
     return '\n'.join(rows + ['', f'Largest difference between the two DDIM pictures of one seed: {result["largest_difference"]:.1e}'])
 

@@ -10,7 +10,6 @@ gradient clipping at 1, AdamW and a cosine learning rate. The rows between chang
 import argparse
 import json
 import platform
-import random
 import re
 import resource
 import statistics
@@ -26,6 +25,7 @@ from diffcourse.data import fashion_mnist
 from diffcourse.ddpm import Denoiser, Schedule, loss_simple
 from diffcourse.train import Trainer
 from diffcourse.unet import UNet, unet_to_diffusers
+from side_by_side import interleaved, ratio
 
 NET = dict(in_channels=1, channels=32, multipliers=(1, 2, 2), blocks=1, attention_resolutions=(14, 7), image_size=28,
            groups=32)
@@ -165,7 +165,7 @@ def flops_per_image() -> float:
 
 def measure(table, batch, rounds) -> dict:
     "name → seconds of each step after the first, and of the first; every round in a new order"
-    steps, first, times, cpu = {}, {}, {k: [] for k in table}, {k: [] for k in table}
+    steps, first = {}, {}
     for name, make in table.items():
         steps[name] = make()
         start = time.perf_counter()
@@ -175,15 +175,9 @@ def measure(table, batch, rounds) -> dict:
         print(f'{name.strip()}: first step {first[name]:.1f} s', file=sys.stderr, flush=True)
     sizes = {s.parameters for s in steps.values()}
     assert len(sizes) == 1, f'unequal networks: {sizes}'
-    order = list(table)
-    for r in range(rounds):
-        random.Random(r).shuffle(order)
-        for name in order:
-            start, used = time.perf_counter(), time.process_time()
-            loss = steps[name]()
-            times[name].append(time.perf_counter() - start)
-            cpu[name].append(time.process_time() - used)
-            assert loss == loss and loss < 2, f'{name.strip()}: loss {loss}'
+
+    def sane(name, loss): assert loss == loss and loss < 2, f'{name.strip()}: loss {loss}'
+    times, cpu, _ = interleaved({k: lambda r, step=step: step() for k, step in steps.items()}, rounds, sane)
     return dict(seconds=times, cpu=cpu, first=first, parameters=sizes.pop())
 
 
@@ -192,12 +186,9 @@ def report(result, batch) -> str:
     median = {k: statistics.median(v) for k, v in result['seconds'].items()}
     used = {k: statistics.median(v) for k, v in result['cpu'].items()}
     base = 'diffusers, documented'
-    # a ratio per round, then the median of the ratios: neighbours in time share the machine's mood
-    ratio = {k: statistics.median(b / a for a, b in zip(v, result['seconds'][base])) for k,
-             v in result['seconds'].items()}
     rows = ['| contender | images/s | against the documented loop | same, by CPU time | first step (s) |',
             '|---|---:|---:|---:|---:|']
-    rows += [f'| {k.replace("  ", "&emsp;")} | {batch / median[k]:.1f} | {ratio[k]:.2f}× | {used[base] / used[k]:.2f}× | {result["first"][k]:.1f} |' for k in median]
+    rows += [f'| {k.replace("  ", "&emsp;")} | {batch / median[k]:.1f} | {ratio(result["seconds"], base, k):.2f}× | {used[base] / used[k]:.2f}× | {result["first"][k]:.1f} |' for k in median]
     return '\n'.join(rows)
 
 
