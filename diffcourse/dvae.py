@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EPS', 'dvae_shapes', 'dvae_emoji', 'gumbel', 'gumbel_softmax', 'anneal', 'uniform_kl', 'map_pixels', 'unmap_pixels',
            'logit_laplace', 'Conv2d', 'Block', 'Encoder', 'Decoder', 'DVAE', 'sizes_of', 'load_official', 'loss_dvae',
-           'marginal_kl', 'evaluate_words', 'dvae_recipe']
+           'marginal_kl', 'dvae_recipe']
 
 # %% ../nbs/07_dvae.ipynb #f9edfad9
 import math
@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from . import data
 from .core import require, to_float
 from .layers import official_schema
-from .metrics import psnr
 from .train import Recipe, register
-from .vqvae import perplexity
+from .vqvae import evaluate_codes
 from .weights import layout_differences, load_strict, load_tensors
 
 # %% ../nbs/07_dvae.ipynb #f8ac8536
@@ -317,21 +316,6 @@ def marginal_kl(
     q = logits.softmax(1).mean([0, *range(2, logits.ndim)])
     return math.log(len(q)) + (q * q.clamp(min=1e-12).log()).sum()
 
-# %% ../nbs/07_dvae.ipynb #8e248e44
-@torch.no_grad()
-def evaluate_words(
-    model: DVAE,      # in eval mode
-    x: Tensor,        # pictures, (N, C, H, W) in [-1, 1]
-    size: int = 200,  # pictures at a time
-) -> dict:            # 'mse', 'psnr' in dB, 'perplexity' of the words, 'used': share of words that occur
-    "Pictures through hard words and back"
-    device = next(model.parameters()).device
-    maps = torch.cat([model.encode(part.to(device)).cpu() for part in x.split(size)])
-    drawn = torch.cat([model.decode(part.to(device)).cpu() for part in maps.split(size)])
-    counts = torch.bincount(maps.flatten(), minlength=model.words)
-    return dict(mse=float((drawn - x).double().square().mean()), psnr=float(psnr(drawn, x).mean()),
-                perplexity=float(perplexity(counts)), used=float((counts > 0).double().mean()))
-
 # %% ../nbs/07_dvae.ipynb #6f5c1126
 def dvae_recipe(
     name: str,       # of the recipe and of its weights
@@ -350,7 +334,7 @@ def dvae_recipe(
         settings=dict(smoke=dict(common, steps=24, batch_size=16, warmup=5, ema=.9),
                       laptop=dict(common, steps=steps, batch_size=16, ema=.998),
                       gpu=dict(common, steps=20_000, batch_size=256)),
-        reconstruct=lambda net, x: net(x), evaluate=lambda net: evaluate_words(net, test())))
+        reconstruct=lambda net, x: net(x), evaluate=lambda net: evaluate_codes(net, test(), net.words)))
 
 # %% ../nbs/07_dvae.ipynb #a2d3a077
 dvae_shapes = dvae_recipe(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAMES', 'RULES', 'vqvae_fashion', 'vqvae_emoji', 'nearest_code', 'straight_through', 'code_losses', 'perplexity',
            'Quantised', 'Quantiser', 'summed', 'ResBlock', 'ConvEncoder', 'ConvDecoder', 'VQVAE', 'from_zalando',
-           'vq_loss', 'evaluate_codes', 'vq_recipe']
+           'vq_loss', 'fidelity', 'code_use', 'evaluate_codes', 'vq_recipe']
 
 # %% ../nbs/05_vqvae.ipynb #0d9b433a
 import math
@@ -367,20 +367,35 @@ def vq_loss(
     unexplained = F.mse_loss(model.decoder(q.z).float(), x) / x.var()
     return unexplained + q.loss, dict(unexplained=unexplained, perplexity=q.perplexity, quantiser=q.loss)
 
+# %% ../nbs/05_vqvae.ipynb #c0de05e1
+def fidelity(
+    copies: Tensor,  # (N, C, H, W) in [-1, 1]
+    x: Tensor,       # what was copied
+) -> dict:           # mean squared error, mean PSNR in dB
+    "How near copies come to the originals"
+    return dict(mse=float((copies - x).double().square().mean()), psnr=float(psnr(copies, x).mean()))
+
+def code_use(
+    indices: Tensor,  # codes chosen, any shape
+    codes: int,       # K
+) -> dict:            # perplexity in [1, K], share of the codes that occur
+    "How varied the choices are, and how much of the codebook they use"
+    counts = torch.bincount(indices.flatten(), minlength=codes)
+    return dict(perplexity=float(perplexity(counts)), used=float((counts > 0).double().mean()))
+
 # %% ../nbs/05_vqvae.ipynb #14651556
 @torch.no_grad()
 def evaluate_codes(
-    model: VQVAE,      # in eval mode
-    x: Tensor,         # pictures, (N, C, H, W) in [-1, 1]
-    size: int = 200,   # pictures at a time
+    model: nn.Module,          # in eval mode; `encode` gives whole numbers, `decode` draws them
+    x: Tensor,                 # pictures, (N, C, H, W) in [-1, 1]
+    codes: int | None = None,  # K; default: that of the model's codebook
+    size: int = 200,           # pictures at a time
 ) -> dict:
     "How well pictures survive the codes (PSNR in dB), and how many of the codes they use"
-    device, K = next(model.parameters()).device, len(model.quantise.codebook)
+    device = next(model.parameters()).device
     maps = torch.cat([model.encode(part.to(device)).cpu() for part in x.split(size)])
     drawn = torch.cat([model.decode(part.to(device)).cpu() for part in maps.split(size)])
-    counts = torch.bincount(maps.flatten(), minlength=K)
-    return dict(mse=float((drawn - x).double().square().mean()), psnr=float(psnr(drawn, x).mean()),
-                perplexity=float(perplexity(counts)), used=float((counts > 0).double().mean()))
+    return {**fidelity(drawn, x), **code_use(maps, codes or len(model.quantise.codebook))}
 
 # %% ../nbs/05_vqvae.ipynb #b3575674
 def vq_recipe(

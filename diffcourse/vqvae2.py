@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from . import data
 from .core import to_float
-from .metrics import psnr
 from .train import Recipe, register
-from .vqvae import ConvDecoder, ConvEncoder, Quantiser, perplexity
+from .vqvae import ConvDecoder, ConvEncoder, Quantiser, code_use, fidelity
 
 # %% ../nbs/06_vqvae2.ipynb #b064ed9a
 class VQVAE2(nn.Module):
@@ -110,12 +109,8 @@ def evaluate_levels(
     maps = [torch.cat(m).cpu() for m in zip(*(model.encode(part.to(device)) for part in x.split(size)))]
     parts = zip(*(m.split(size) for m in maps))
     drawn = torch.cat([model.decode(t.to(device), b.to(device)).cpu() for t, b in parts])
-    out = dict(mse=float((drawn - x).double().square().mean()), psnr=float(psnr(drawn, x).mean()))
-    for name, m in zip(('top', 'bottom'), maps):
-        counts = torch.bincount(m.flatten(), minlength=K)
-        used, varied = (counts > 0).double().mean(), perplexity(counts)
-        out |= {f'{name}_used': float(used), f'{name}_perplexity': float(varied)}
-    return out
+    use = {f'{name}_{k}': v for name, m in zip(('top', 'bottom'), maps) for k, v in code_use(m, K).items()}
+    return {**fidelity(drawn, x), **use}
 
 # %% ../nbs/06_vqvae2.ipynb #3e3c19ff
 vqvae2_grocery = register(Recipe(

@@ -13,9 +13,10 @@ import torch
 from diffcourse import data
 from diffcourse.core import budget, default_device, to_float
 from diffcourse.dalle import best_of, classifier_score, paint, shapes_bpe, vocabulary, dalle_shapes
-from diffcourse.dvae import DVAE, evaluate_words, loss_dvae
+from diffcourse.dvae import DVAE, loss_dvae
 from diffcourse.shapes import matches, parse_many
 from diffcourse.train import Trainer, device_name
+from diffcourse.vqvae import evaluate_codes
 from diffcourse.weights import load_weights
 
 SIZES = {  # steps and batch of each dVAE, test scenes; captions and candidates for reranking
@@ -37,7 +38,7 @@ def sweep(seed, size, way) -> dict:
     model, x = trainer.ema_model(), to_float(data.shapes(size['test'], seed=1, things=(1, 2)).images)
     with torch.no_grad():
         soft = torch.cat([model.draw((model.logits(p) / τ[1]).softmax(1)) for p in x.split(100)])
-    found = evaluate_words(model, x)
+    found = evaluate_codes(model, x, model.words)
     return dict(seed=seed, way=way, **found, soft=float((soft - x).double().square().mean()),
                 rate=float(np.mean(trainer.extras['rate'][-20:])), seconds=round(trainer.cpu_seconds, 1))
 
