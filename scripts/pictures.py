@@ -14,7 +14,7 @@ from PIL import Image
 
 from diffcourse import zoo
 from diffcourse.core import atomic_write, image_grid, ledger, require, to_float
-from diffcourse.data import emoji, fashion_mnist, shapes
+from diffcourse.data import emoji, fashion_mnist, groceries, shapes
 
 NBS = Path(__file__).resolve().parent.parent / 'nbs'
 OUT = NBS / 'images'
@@ -67,6 +67,8 @@ def main() -> None:
     strip('rung_vae', zoo.sample('vae_fashion', 6, seed=1))
     strip('rung_vqvae', torch.cat([to_float(real[:6]), zoo.reconstruct('vqvae_fashion', real[:6])]))
     strip('rung_priors', zoo.sample('vqvae_fashion_prior', 6, seed=1))
+    fruit = groceries('test').images[:160:32]
+    strip('rung_vqvae2', torch.cat([to_float(fruit), zoo.reconstruct('vqvae2_grocery', fruit)]), 5, 64)
     small = torch.nn.functional.avg_pool2d(emoji('test').images[:6].float(), 2).round().byte()
     strip('rung_dvae', torch.cat([to_float(small), zoo.reconstruct('dvae_emoji', small)]))
     strip('rung_dalle', zoo.sample('dalle_shapes', 6, seed=1))
