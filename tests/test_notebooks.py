@@ -244,6 +244,15 @@ def test_readme_matches_the_index_page():
     assert (ROOT / 'README.md').read_text(encoding='utf-8') == readme()
 
 
+def test_front_page_tells_of_the_weights_that_are_shipped():
+    "Its table is an output of earlier: new weights or recipes need `scripts/run_notebooks.py index 18_zoo` and `scripts/readme.py`"
+    from diffcourse import zoo
+    table = zoo.recipes()._repr_markdown_()
+    for page in ('index', '18_zoo'):
+        shown = [o['data'].get('text/markdown') for c in read(ROOT / f'nbs/{page}.ipynb').cells for o in c.get('outputs', []) if 'data' in o]
+        assert table in shown, f'{page} shows another table of recipes than the weights in data/ give: run it again'
+
+
 def test_manifest_matches_the_files():
     from manifest import entries
     assert json.loads((ROOT / 'data/MANIFEST.json').read_text(encoding='utf-8')) == entries()
