@@ -45,6 +45,7 @@ def train(
     steps: _option(Optional[int], help='Override the number of training steps.') = None,
     batch_size: _option(Optional[int], help='Override the batch size.') = None,
     dtype: _option(str, help='How weights are stored: fp32, fp16 or int8.') = 'fp16',
+    start: _option(Optional[str], help='Go on from weights: the name of embedded ones, or a file.') = None,
     seed: OptSeed = 0, device: OptDevice = None,
 ):
     "Train a recipe. Interrupted with Ctrl-C or killed, the same command continues where it stopped."
@@ -52,7 +53,7 @@ def train(
     from diffcourse.core import Table, require
     require(steps is None or steps > 0, f'--steps must be at least 1, got {steps}')
     require(batch_size is None or batch_size > 0, f'--batch-size must be at least 1, got {batch_size}')
-    how = {k: v for k, v in dict(steps=steps, batch_size=batch_size, device=device).items() if v is not None}
+    how = {k: v for k, v in dict(steps=steps, batch_size=batch_size, start=start, device=device).items() if v is not None}
     rows = [_train_one(name, out, budget, data, dtype, dict(how, seed=seed))
             for name in (sorted(zoo.RECIPES) if recipe == 'all' else [recipe])]
     if os.environ.get('RANK', '0') == '0':

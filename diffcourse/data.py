@@ -396,11 +396,12 @@ def shapes(
     seed: int = 0,           # which endless sequence
     size: int = 32,          # pixels per side
     things: tuple = (1, 2, 3), # numbers of things in a scene
+    grid: int | None = None, # things on a lattice, drawn exactly: see `scenes`
 ) -> ImageSet:               # pictures (n, 3, size, size), captions, extra['scene']
     "Captioned scenes of coloured shapes, from code alone"
     require(n > 0, f'n is {n}: ask for at least one scene')
-    images, captions, drawn = scenes(n, seed, size, things)
-    name = f'shapes, {n:,} scenes of seed {seed}, {size}×{size}'
+    images, captions, drawn = scenes(n, seed, size, things, grid=grid)
+    name = f'shapes, {n:,} scenes of seed {seed}, {size}×{size}' + (f', on a grid of {grid}' if grid else '')
     return ImageSet(images, name, captions=captions, extra={'scene': drawn})
 
 # %% ../nbs/01_data.ipynb #d9e1404a

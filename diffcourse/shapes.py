@@ -231,14 +231,15 @@ def _clear(at, reach, k):
         ok &= (apart & (d.amax(-1) - d.amin(-1) >= CLEAR)) | (k <= j)[:, None]
     return ok
 
-def _places(kind, k, gen):
+def _places(kind, k, gen, grid=None):
     "Fair places for kinds of things, (n, 3, 2)"
     reach = torch.tensor(list(REACH.values()))[kind[..., 0]] * torch.tensor(list(SIZES.values()))[kind[..., 2]]
     out, todo = torch.zeros(len(k), 3, 2), torch.arange(len(k))
     while len(todo):
         low = (reach[todo] + EDGE)[:, None, :, None]
         at = low + (1 - 2 * low) * torch.rand(len(todo), 16 + 4096 // len(todo), 3, 2, generator=gen)
-        ok = _clear(at, reach[todo], k[todo])
+        if grid: at = (at * grid).round() / grid
+        ok = _clear(at, reach[todo], k[todo]) & ((at >= low) & (at <= 1 - low)).all((2, 3))
         row = ok.any(1).nonzero()[:, 0]
         out[todo[row]] = at[row, ok.float().argmax(1)[row]]
         todo = todo[~ok.any(1)]
@@ -249,6 +250,7 @@ def sample_scenes(
     n: int,                    # how many
     gen: torch.Generator,      # where chance comes from
     things: tuple = (1, 2, 3), # numbers of things, drawn equally often
+    grid: int | None = None,   # things stand on a lattice, so many steps to a side; default: anywhere
 ) -> list[Scene]:              # without jitter
     "Draw random scenes"
     things = (things,) if isinstance(things, int) else tuple(things)
@@ -256,7 +258,7 @@ def sample_scenes(
     k = torch.tensor(things)[torch.randint(len(things), (n,), generator=gen)]
     night = torch.randint(2, (n,), generator=gen)
     kind = _kinds(k, gen)
-    return [_scene(*a) for a in zip(kind.tolist(), _places(kind, k, gen).tolist(), k.tolist(), night.tolist())]
+    return [_scene(*a) for a in zip(kind.tolist(), _places(kind, k, gen, grid).tolist(), k.tolist(), night.tolist())]
 
 def _scene(kind, at, k, night):
     words = [(SHAPES[a], list(COLOURS)[b], list(SIZES)[c]) for a, b, c in kind[:k]]
@@ -277,13 +279,15 @@ def scenes(
     size: int = 32,            # pixels per side
     things: tuple = (1, 2, 3), # numbers of things, drawn equally often
     start: int = 0,            # number of the first in the sequence
+    grid: int | None = None,   # draw scenes exactly, things on a lattice; default: anywhere and jittered
 ) -> tuple[Tensor, list[str], list[Scene]]: # pictures (n, 3, size, size) in bytes, captions, scenes as drawn
     "Part of an endless sequence of captioned scenes: a function of its arguments alone"
     require(n >= 0 and seed >= 0 and start >= 0, f'n, seed and start must not be negative: {n}, {seed}, {start}')
     out = []
     for block in range(start // 256, -(-(start + n) // 256)):
         gen = generator(seed * 1_000_003 + block)
-        out += [jitter(s, gen) for s in sample_scenes(256, gen, things)]
+        drawn = sample_scenes(256, gen, things, grid)
+        out += drawn if grid else [jitter(s, gen) for s in drawn]
     out = out[start % 256:start % 256 + n]
     return render_many(out, size), [caption(s) for s in out], out
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .core import CourseError, Draws, autocast, default_device, fast_bf16, plot_lines, require, smooth
 from .core import budget as default_budget
 from .data import Batcher, ImageSet
-from .weights import (check_tensors, digest, load_card, load_tensors, load_weights, read_tensors,
+from .weights import (check_tensors, digest, load_card, load_tensors, load_weights, read_tensors, weight_file,
                                 save_weights, shipped, weights_report, write_tensors)  # some of them for older imports
 
 # %% ../nbs/02_train.ipynb #7fda8628
@@ -641,6 +641,7 @@ def train_recipe(
     recipe: str | Recipe,              # a name or the thing itself
     budget: str | None = None,         # 'smoke', 'laptop' or 'gpu'; default: `core.budget()`
     folder: str | Path | None = None,  # where checkpoints go; a checkpoint found there is resumed
+    start: str | Path | None = None,   # weights to go on from: a recipe's name or a file; default: fresh ones
     **kwargs,                          # settings that replace the recipe's, such as steps=100
 ) -> Trainer:                          # trained
     "Train a recipe; the same name, budget and seed give the same weights on the same machine"
@@ -650,7 +651,10 @@ def train_recipe(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(how.get('seed', 0))
         model = recipe.model()
+    if start: load_weights(start, model).train()
+    before = weight_file(start)[1] if start else {}
     trainer = Trainer(model, recipe.loss, recipe.data(level), folder=folder, name=recipe.name, **how)
     trainer.origin = {'recipe': recipe.name, 'budget': level}
+    if start: trainer.origin['start'] = {k: before.get(k) for k in ('name', 'steps', 'seconds', 'sha256')}
     if folder: trainer.resume(missing_ok=True)
     return trainer.fit()

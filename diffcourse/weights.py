@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRUSTED_SCRIPTS', 'digest', 'write_tensors', 'read_tensors', 'layout', 'layout_differences', 'check_tensors',
            'load_strict', 'quantize', 'pack', 'unpack', 'save_weights', 'shipped_names', 'shipped', 'load_card', 'Stub',
-           'load_tensors', 'load_weights', 'weights_report']
+           'load_tensors', 'weight_file', 'load_weights', 'weights_report']
 
 # %% ../nbs/01a_weights.ipynb #5ecdc175
 import hashlib, io, json, os, pickle, struct, warnings, zipfile
@@ -383,22 +383,27 @@ def load_tensors(
     return _state_dict(_read_inert(path), part, ema, path)
 
 # %% ../nbs/01a_weights.ipynb #3fda57e2
+def weight_file(
+    name_or_path: str | Path,  # a recipe's name, or a file
+) -> tuple[Path, dict]:        # the file, and its card; {} if it has none
+    "Where weights lie; a file that is not that of its card is refused"
+    is_file = isinstance(name_or_path, Path) or Path(name_or_path).suffix != '' or os.sep in name_or_path
+    require(is_file or shipped(name_or_path), f'no embedded weights {name_or_path!r}; there are: '
+            + (', '.join(shipped_names()) or 'none'))
+    path = Path(name_or_path) if is_file else asset(f'weights/{name_or_path}.safetensors')
+    told = path.with_suffix('.json') if is_file else asset(f'weights/{name_or_path}.json')
+    card = json.loads(told.read_text(encoding='utf-8')) if path.exists() and told.exists() else {}
+    require(not is_file or card.get('sha256') in (None, sha256(path)), f'{path} does not have the SHA-256 of its card '
+            f'{told.name}: it is damaged or the card belongs to another file; fetch both again')
+    return path, card
+
 def load_weights(
     name_or_path: str | Path,  # a recipe's name, or a file
     model: nn.Module,          # of the matching architecture
 ) -> nn.Module:                # the same, in eval mode
     "Load weights into a model; keys and shapes must match exactly"
-    is_file = isinstance(name_or_path, Path) or Path(name_or_path).suffix != '' or os.sep in name_or_path
-    require(is_file or shipped(name_or_path), f'no embedded weights {name_or_path!r}; there are: '
-            + (', '.join(shipped_names()) or 'none'))
-    path = Path(name_or_path) if is_file else asset(f'weights/{name_or_path}.safetensors')
-    card = path.with_suffix('.json')
-    if is_file and path.exists() and card.exists():
-        want = json.loads(card.read_text(encoding='utf-8')).get('sha256')
-        require(want in (None, sha256(path)), f'{path} does not have the SHA-256 of its card {card.name}: it is '
-                'damaged or the card belongs to another file; fetch both again')
-    tensors = unpack(load_tensors(path))
-    return load_strict(model, tensors, str(path)).eval()
+    path, _ = weight_file(name_or_path)
+    return load_strict(model, unpack(load_tensors(path)), str(path)).eval()
 
 # %% ../nbs/01a_weights.ipynb #ee1d4fb2
 def weights_report(
