@@ -106,6 +106,15 @@ def test_scenes_are_a_function_of_their_arguments(world):
     assert len(scenes(0)[1]) == 0 and {len(s.things) for s in scenes(50, things=(2,))[2]} == {2}
 
 
+def test_things_on_a_lattice_stand_there_and_are_read():
+    for k in (1, 2, 3):
+        pictures, captions, drawn = scenes(300, seed=3, things=k, grid=8)
+        places = torch.tensor([(t.x, t.y) for s in drawn for t in s.things])
+        assert torch.equal(places * 8, (places * 8).round()) and len(places.unique(dim=0)) > 20
+        assert alignment(captions, pictures)['all'] == 1
+        assert torch.equal(pictures, render_many(drawn))     # and nothing was jittered
+
+
 def test_scenes_are_balanced_and_fair(world):
     _, _, truth = world
     things = [t for s in truth for t in s.things]

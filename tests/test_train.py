@@ -1,5 +1,6 @@
 "The trainer: what it computes, what it survives, what it refuses"
 import errno, json, os, random, signal, subprocess, sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import diffcourse.weights as weights
 from diffcourse.core import CourseError, Draws
 from diffcourse.data import ImageSet
 from diffcourse.train import EMA, RECIPES, Recipe, Settings, Trainer, fixed_loss, lr_factor, register, train_recipe
-from diffcourse.weights import digest, read_tensors
+from diffcourse.weights import digest, read_tensors, save_weights
 
 HERE = Path(__file__).parent
 GOLDEN, HELPER = HERE / 'golden', HERE / 'helpers/train_job.py'
@@ -434,6 +435,18 @@ def test_a_recipe_trains_twice_the_same(tiny, tmp_path):
     assert train_recipe('tiny', 'smoke', seed=1).losses != a.losses
     first = train_recipe('tiny', 'smoke', folder=tmp_path)
     assert same(train_recipe('tiny', 'smoke', folder=tmp_path), first)
+
+
+def test_training_starts_from_weights(tiny, tmp_path):
+    first = train_recipe('tiny', 'smoke')
+    save_weights(tmp_path / 'tiny.safetensors', first.ema_model(), first.card(), 'fp32')
+    still = train_recipe('tiny', 'smoke', start=tmp_path / 'tiny.safetensors', steps=1, lr=1e-30)
+    assert all(torch.equal(a, b) for a, b in zip(still.model.parameters(), first.ema_model().parameters()))
+    assert still.card()['start']['steps'] == 12 and still.card()['start']['name'] == 'tiny' and 'start' not in first.card()
+    other = replace(tiny, name='other', model=lambda: nn.Linear(3, 3))
+    with pytest.raises(CourseError, match='another architecture'):
+        train_recipe(other, 'smoke', start=tmp_path / 'tiny.safetensors')
+    with pytest.raises(CourseError, match='no embedded weights'): train_recipe('tiny', 'smoke', start='tyni')
 
 
 def test_an_unknown_recipe_or_budget(tiny):
