@@ -169,13 +169,13 @@ def upsample(
     low_res: Tensor,   # small pictures in [-1, 1], (B, C, h, w)
     size: int,         # height of the large ones
     seed: int = 0,     # of the noise
-    steps: int = 25,   # DDIM steps
+    steps: int = 50,   # of the ancestral sampler
 ) -> Tensor:           # large pictures in [-1, 1], (B, C, size, size)
     "Enlarge pictures by diffusion"
     denoiser, device = picture_denoiser(model), device_of(model)
     shape = (len(low_res), low_res.shape[1], size, size)
     path = denoiser.schedule.respaced(steps)
-    return sample(denoiser, shape, path, seed, ddim, low_res=low_res.to(device)).clamp(-1, 1)
+    return sample(denoiser, shape, path, seed, low_res=low_res.to(device)).clamp(-1, 1)
 
 # %% ../nbs/11_adm.ipynb #e8638cd0
 upsample_fashion = register(Recipe(
