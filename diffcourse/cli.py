@@ -63,8 +63,10 @@ def _train_one(name, out, budget, data, dtype, how) -> tuple:
     "Train one recipe; its row of the table"
     from diffcourse import zoo
     from diffcourse.data import image_folder
-    channels, size, _ = zoo.find_recipe(name).data('smoke').shape
-    pictures = image_folder(data, size=size, channels=channels) if data else None
+    pictures = None
+    if data:
+        channels, size, _ = zoo.picture_shape(name)
+        pictures = image_folder(data, size=size, channels=channels)
     try: card = zoo.fit(name, out, budget, pictures, dtype, **how)
     except KeyboardInterrupt as e:
         print(f'diffcourse: {e}; the same command goes on from there', file=sys.stderr)
@@ -123,7 +125,7 @@ def reconstruct(
     from diffcourse import data, zoo
     from diffcourse.core import default_device, require, to_float
     require(n > 0, f'-n must be at least 1, got {n}')
-    channels, size, _ = zoo.find_recipe(recipe).data('smoke').shape
+    channels, size, _ = zoo.picture_shape(recipe)
     if Path(source).exists(): images = data.image_folder(source, size=size, channels=channels).images[:n]
     else: images = data.load(source, 'test').images[:n]
     copies = zoo.reconstruct(recipe, images, weights, default_device(device))
