@@ -1,4 +1,5 @@
 "Quantiser, both networks and their recipes: memory, names, chance, bad input, what is shipped"
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,10 @@ from diffcourse.train import Trainer, fixed_loss, train_recipe
 from diffcourse.vqvae import NAMES, RULES, VQVAE, Quantiser, nearest_code
 from diffcourse.vqvae2 import VQVAE2
 from diffcourse.weights import load_card, load_strict, load_weights, shipped
+
+HELPERS = Path(__file__).parent / 'helpers'
+sys.path.insert(0, str(HELPERS))
+from codes_job import followed, trained  # noqa: E402
 
 
 def draw(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -161,3 +166,33 @@ def test_shipped_weights_use_their_codes(name):
     recipe = getattr(vqvae2 if name.startswith('vqvae2') else vqvae, name)
     net, x = load_weights(name, recipe.model()), to_float(recipe.data('smoke').images[:40])
     assert (net(x) - x).square().mean() < .5 * x.var()
+
+
+# --- two processes --------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def two(tmp_path_factory):
+    "What each of two processes reports"
+    out = tmp_path_factory.mktemp('two')
+    run = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', HELPERS / 'codes_job.py', out],
+                         env=os.environ | {'ACCELERATE_USE_CPU': '1', 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return [json.loads((out / f'{r}.json').read_text()) for r in (0, 1)]
+
+
+@pytest.mark.parametrize('rule', ['sonnet', 'zalando', 'rosinality'])
+def test_half_batches_in_two_processes_give_the_codebook_of_one(two, rule):
+    "To the last bit: counts and sums are added over processes before they move anything"
+    assert [t['world'] for t in two] == [2, 2]
+    assert two[0]['rules'][rule] == two[1]['rules'][rule] == followed(rule)
+
+
+def test_without_the_sums_of_both_the_codebooks_part(two):
+    assert two[0]['alone'] != two[1]['alone'] and two[0]['alone'] != followed('rosinality')
+
+
+def test_two_processes_train_the_network_of_one(two):
+    one = trained(0.)
+    assert one.world == 1 and two[0]['codebook'] == two[1]['codebook'] and two[0]['losses'] == two[1]['losses']
+    torch.testing.assert_close(torch.tensor(two[0]['codebook']), one.model.quantise.codebook, rtol=1e-3, atol=1e-4)
+    assert two[0]['revived'] == two[1]['revived']
