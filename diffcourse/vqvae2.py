@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['vqvae2_grocery', 'vqvae2_emoji', 'PICTURES', 'vqvae2_emoji_prior', 'vqvae2_grocery_prior', 'VQVAE2', 'vq2_loss',
            'evaluate_levels', 'small_emoji', 'vq2_recipe', 'LevelsPrior', 'levels_loss', 'codec', 'level_codes',
-           'sample_levels', 'level_bits', 'levels_recipe']
+           'sample_levels', 'level_bits', 'levels_recipe', 'confidence', 'surest']
 
 # %% ../nbs/06_vqvae2.ipynb #f8751519
 import math
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import data
 from .core import require, to_float
 from .extractors import emoji_kinds
-from .metrics import Classifier, feature_fid, outputs
+from .metrics import Classifier, outputs
 from .priors import GPT, CodePrior, label_prompt
 from .train import Recipe, find_recipe, register
 from .vqvae import ConvDecoder, ConvEncoder, Quantiser, code_use, fidelity
@@ -296,3 +296,26 @@ vqvae2_grocery_prior = levels_recipe(
     dict(smoke=dict(steps=24, batch_size=4, lr=3e-3, warmup=5, ema=.9),
          laptop=dict(steps=1200, batch_size=16, lr=2e-3, weight_decay=.05, ema=.998),
          gpu=dict(steps=6000, batch_size=64, lr=1e-3, weight_decay=.05)), flip=True)
+
+# %% ../nbs/06_vqvae2.ipynb #f47b36d6
+@torch.no_grad()
+def confidence(
+    judge: Classifier,  # or its name
+    x: Tensor,          # pictures, (N, C, H, W) in [-1, 1]
+    labels: Tensor,     # what was asked for, (N,)
+) -> Tensor:            # in [0, 1], (N,)
+    "How probable a classifier finds the label that a picture was drawn for"
+    p = outputs(judge, x, 'logits')['logits'].double().softmax(1)
+    require(p.shape[1] > int(labels.max()), f'label {int(labels.max())} is none of the {p.shape[1]} classes of the judge')
+    return p.gather(1, labels[:, None].to(p.device))[:, 0]
+
+def surest(
+    sure: Tensor,   # of each sample, (N,)
+    labels: Tensor, # (N,)
+    share: float,   # to keep of each label, in (0, 1]; at least one sample
+) -> Tensor:        # indices of those that are kept, ascending
+    "Rejection: of each label the share of samples that a classifier is surest of"
+    require(0 < share <= 1, f'share must lie in (0, 1], got {share}')
+    groups = [(labels == k).nonzero()[:, 0] for k in labels.unique()]
+    best = [i[sure[i].argsort(descending=True, stable=True)[:max(1, round(share * len(i)))]] for i in groups]
+    return torch.cat(best).sort().values
