@@ -103,13 +103,14 @@ def sample(
     n: OptNumber = 16,
     out: _option(Path, help='A PNG file, or an .npz of bytes for `metrics`.') = Path('samples.png'),
     scale: _option(Optional[float], help='Guidance scale s of cfg_…: 1 none, more goes further.') = None,
+    prompt: _option(Optional[str], help='A caption, for recipes that read one: dalle_shapes, dalle_emoji, …') = None,
     weights: OptWeights = None, seed: OptSeed = 0, device: OptDevice = None,
 ):
     "Draw new pictures from a trained network (its EMA weights) into one PNG, or an .npz."
     from diffcourse import zoo
     from diffcourse.core import default_device
     save = save_bytes if out.suffix == '.npz' else save_grid
-    save(zoo.sample(recipe, n, seed, weights, default_device(device), scale), out)
+    save(zoo.sample(recipe, n, seed, weights, default_device(device), scale, prompt), out)
 
 # %% ../nbs/18a_cli.ipynb #4348a229
 @app.command()

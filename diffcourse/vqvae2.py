@@ -254,6 +254,7 @@ def sample_levels(
     parts = [model.write(y.to(device), seed + 1000 * i, **dials) for i, y in enumerate(labels.split(250))]
     return torch.cat([codec(name).decode(t.cpu(), b.cpu()) for t, b in parts])
 
+# %% ../nbs/06_vqvae2.ipynb #a800cacb
 @torch.no_grad()
 def level_bits(
     model: LevelsPrior,   # in eval mode
@@ -285,14 +286,14 @@ def levels_recipe(
         evaluate=lambda net: level_bits(net, level_codes(of, 'test'))))
 
 vqvae2_emoji_prior = levels_recipe(
-    'vqvae2_emoji', "transformer priors over both maps of vqvae2_emoji, with category and style in front", 27, (4, 4),
+    'vqvae2_emoji', "transformer priors over both maps of vqvae2_emoji, category and style in front", 27, (4, 4),
     dict(smoke=dict(steps=24, batch_size=16, lr=3e-3, warmup=5, ema=.9),
          laptop=dict(steps=1400, batch_size=64, lr=2e-3, weight_decay=.05, ema=.998),
          gpu=dict(steps=8000, batch_size=256, lr=1e-3, weight_decay=.05)), width=80)
 
 # %% ../nbs/06_vqvae2.ipynb #01df2f2a
 vqvae2_grocery_prior = levels_recipe(
-    'vqvae2_grocery', "transformer priors over both maps of vqvae2_grocery, with the kind of fruit in front", 14, (8, 8),
+    'vqvae2_grocery', "transformer priors over both maps of vqvae2_grocery, the kind of fruit in front", 14, (8, 8),
     dict(smoke=dict(steps=24, batch_size=4, lr=3e-3, warmup=5, ema=.9),
          laptop=dict(steps=1200, batch_size=16, lr=2e-3, weight_decay=.05, ema=.998),
          gpu=dict(steps=6000, batch_size=64, lr=1e-3, weight_decay=.05)), flip=True)
@@ -306,7 +307,7 @@ def confidence(
 ) -> Tensor:            # in [0, 1], (N,)
     "How probable a classifier finds the label that a picture was drawn for"
     p = outputs(judge, x, 'logits')['logits'].double().softmax(1)
-    require(p.shape[1] > int(labels.max()), f'label {int(labels.max())} is none of the {p.shape[1]} classes of the judge')
+    require(p.shape[1] > int(labels.max()), f'label {int(labels.max())} is no class of a judge of {p.shape[1]}')
     return p.gather(1, labels[:, None].to(p.device))[:, 0]
 
 def surest(
