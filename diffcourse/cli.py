@@ -64,8 +64,10 @@ def _train_one(name, out, budget, data, dtype, how) -> tuple:
     "Train one recipe; its row of the table"
     from diffcourse import zoo
     from diffcourse.data import image_folder
-    channels, size, _ = zoo.find_recipe(name).data('smoke').shape
-    pictures = image_folder(data, size=size, channels=channels) if data else None
+    pictures = None
+    if data:
+        channels, size, _ = zoo.picture_shape(name)
+        pictures = image_folder(data, size=size, channels=channels)
     try: card = zoo.fit(name, out, budget, pictures, dtype, **how)
     except KeyboardInterrupt as e:
         print(f'diffcourse: {e}; the same command goes on from there', file=sys.stderr)
@@ -102,13 +104,14 @@ def sample(
     n: OptNumber = 16,
     out: _option(Path, help='A PNG file, or an .npz of bytes for `metrics`.') = Path('samples.png'),
     scale: _option(Optional[float], help='Guidance scale s of cfg_…: 1 none, more goes further.') = None,
+    prompt: _option(Optional[str], help='A caption, for recipes that read one: dalle_shapes, dalle_emoji, …') = None,
     weights: OptWeights = None, seed: OptSeed = 0, device: OptDevice = None,
 ):
     "Draw new pictures from a trained network (its EMA weights) into one PNG, or an .npz."
     from diffcourse import zoo
     from diffcourse.core import default_device
     save = save_bytes if out.suffix == '.npz' else save_grid
-    save(zoo.sample(recipe, n, seed, weights, default_device(device), scale), out)
+    save(zoo.sample(recipe, n, seed, weights, default_device(device), scale, prompt), out)
 
 # %% ../nbs/18a_cli.ipynb #4348a229
 @app.command()
@@ -124,7 +127,7 @@ def reconstruct(
     from diffcourse import data, zoo
     from diffcourse.core import default_device, require, to_float
     require(n > 0, f'-n must be at least 1, got {n}')
-    channels, size, _ = zoo.find_recipe(recipe).data('smoke').shape
+    channels, size, _ = zoo.picture_shape(recipe)
     if Path(source).exists(): images = data.image_folder(source, size=size, channels=channels).images[:n]
     else: images = data.load(source, 'test').images[:n]
     copies = zoo.reconstruct(recipe, images, weights, default_device(device))

@@ -454,9 +454,10 @@ MEANT = ('a red apple, noto style', 'a grinning face, twemoji style', 'a red hea
          'a dog face, fluent style', 'a tree, twemoji style', 'a blue circle, noto style', 'a flag, twemoji style')
 
 def _sample(words, bpe, captions):
-    "The recipe's sampler: the same captions in turn"
-    def sample(model, n, seed=0):
-        return paint(model, vocabulary(words), bpe(), [captions[i % len(captions)] for i in range(n)], seed)
+    "The recipe's sampler: the same captions in turn, or one of the user's ('' is the null caption)"
+    def sample(model, n, seed=0, prompt=None):
+        asked = captions if prompt is None else [prompt]
+        return paint(model, vocabulary(words), bpe(), [asked[i % len(asked)] for i in range(n)], seed)
     return sample
 
 # %% ../nbs/07a_dalle.ipynb #56d4dbc6

@@ -215,6 +215,7 @@ def forward(self: GPT,
     embeddings: Tensor | None = None,   # vectors put before them, (B, E, C): a condition that is no token
     memory: Memory | None = None,       # of the positions before these; it is brought up to date
     last: bool = False,                 # only the last position's logits
+    added: Tensor | None = None,        # vectors to add to the stream, for each position of the text, (B, S, C)
 ) -> Tensor:                            # (B, E + L, V), or (B, 1, V): scores of the token that comes next
     "Logits for the token after each position"
     x = self.tok_emb(tokens)
@@ -222,7 +223,8 @@ def forward(self: GPT,
     start = memory.seen if memory else 0
     end = start + x.shape[1]
     require(end <= self.block_size, f'{end} positions are more than the block_size of {self.block_size}')
-    x = F.dropout(x + self.pos_emb[:, start:end], self.dropout, self.training)
+    place = self.pos_emb[:, start:end] if added is None else self.pos_emb[:, start:end] + added[:, start:end]
+    x = F.dropout(x + place, self.dropout, self.training)
     for i, block in enumerate(self.blocks):
         mask = self._mask(block, start, end)
         x = block(x, mask, causal=mask is None, memory=memory and memory.of(i))
@@ -285,6 +287,7 @@ def generate(
     allowed: Tensor | None = None,     # True where a token may stand: (V,) or, by place, (n, V)
     known: Tensor | None = None,       # tokens to keep, (B, n); −1 where one is to be drawn
     embeddings: Tensor | None = None,  # vectors before the prompt, (B, E, C)
+    added: Tensor | None = None,       # vectors to add, for each position that is read, (B, E + P + n − 1, C)
     seed: int = 0,                     # of the draws
     cache: bool = True,                # keep keys and values? (False: read everything anew for each token)
     **dials,                           # temperature, top_k, top_p: see `next_probabilities`
@@ -292,18 +295,21 @@ def generate(
     "Write `n` tokens, one after the other"
     known, given = _check_writing(model, prompt, n, known, embeddings)
     new = tokens = torch.cat([prompt, known[:, :given]], 1)
-    memory = Memory(model, len(prompt), _length(prompt, embeddings) + n) if cache else None
+    how = _telling(cache and Memory(model, len(prompt), _length(prompt, embeddings) + n), added)
     u = torch.rand(len(prompt), n, generator=generator(seed)).to(tokens.device)
     for i in range(given, n):
-        before = embeddings if i == given or not cache else None
-        logits = model(new if cache else tokens, memory=memory, embeddings=before, last=True)[:, -1]
+        logits = model(new if cache else tokens, embeddings=None if cache and i > given else embeddings, **how)[:, -1]
         drawn = draw(next_probabilities(logits, allowed=_at(allowed, i), **dials), u[:, i])
-        new = torch.where(known[:, i] >= 0, known[:, i], drawn)[:, None]
+        new = drawn.where(known[:, i] < 0, known[:, i])[:, None]
         tokens = torch.cat([tokens, new], 1)
     return tokens[:, prompt.shape[1]:]
 
 # %% ../nbs/05a_priors.ipynb #7fa40ed9
 def _at(allowed, i): return allowed if allowed is None or allowed.ndim == 1 else allowed[i]
+
+def _telling(memory, added) -> dict:
+    how = dict(last=True, memory=memory or None)
+    return how if added is None else dict(how, added=added)
 
 def _length(prompt, embeddings) -> int: return prompt.shape[1] + (0 if embeddings is None else embeddings.shape[1])
 
@@ -341,7 +347,7 @@ class CodePrior(nn.Module):
 
     def forward(self,
         tokens: Tensor,  # prompt tokens (shifted by K) and codes, (B, L)
-        **how,           # embeddings, memory, last: see `GPT`
+        **how,           # embeddings, memory, last, added: see `GPT`
     ) -> Tensor:         # (B, L, K)
         "Logits of the code after each position"
         return self.net(tokens, **how)[..., :self.codes]
@@ -351,18 +357,20 @@ class CodePrior(nn.Module):
 def logits(self: CodePrior,
     maps: Tensor,    # codes, (B, h, w)
     prompt: Tensor,  # prompt tokens from 0 up, (B, P)
+    **how,           # added: see `GPT`
 ) -> Tensor:         # (B, h·w, K): for each place, given the prompt and the codes before it
     "Teacher forcing: all places in one pass"
     tokens = torch.cat([prompt + self.codes, maps.flatten(1)[:, :-1]], 1)
-    return self(tokens)[:, prompt.shape[1] - 1:]
+    return self(tokens, **how)[:, prompt.shape[1] - 1:]
 
 @patch
 def nats(self: CodePrior,
     maps: Tensor,    # codes, (B, h, w)
     prompt: Tensor,  # prompt tokens, (B, P)
+    **how,           # added: see `GPT`
 ) -> Tensor:         # (B, h, w)
     "Minus the log-probability of each code"
-    out = self.logits(maps, prompt).float()
+    out = self.logits(maps, prompt, **how).float()
     return F.cross_entropy(out.mT, maps.flatten(1), reduction='none').view(maps.shape)
 
 # %% ../nbs/05a_priors.ipynb #f95525bb
@@ -371,7 +379,7 @@ def write(self: CodePrior,
     prompt: Tensor,                # prompt tokens, (B, P)
     seed: int = 0,                 # of the draws
     known: Tensor | None = None,   # codes to keep, (B, h, w); −1 where one is to be drawn
-    **dials,                       # temperature, top_k, top_p
+    **dials,                       # temperature, top_k, top_p; added: see `generate`
 ) -> Tensor:                       # (B, h, w)
     "Draw maps of codes, one code after the other"
     h, w = self.shape

@@ -107,3 +107,32 @@ def test_the_best_of_a_group():
     with pytest.raises(CourseError): dalle.best_of(s, 7)
     x = torch.arange(6.).view(1, 6, 1, 1, 1)
     assert float(dalle.rerank(x, ['c'], lambda p, c: p.flatten())[0]) == 5.
+
+
+# --- captions through the command -----------------------------------------------------------------------------
+
+STRANGE = {'empty': '', 'blank': '  ', 'long': 'a small red circle left of ' * 20, 'unknown words': 'qzx wvj', 'emoji': '🍕🏳️‍🌈 a red 🔴',
+           'cyrillic': 'красный круг', 'japanese': '赤い丸', 'special symbols': '<|endoftext|> &amp; \n\t'}
+
+
+@pytest.mark.parametrize('recipe', ['dalle_shapes', 'dalle_emoji'])
+@pytest.mark.parametrize('kind', STRANGE)
+def test_the_command_paints_strange_captions(recipe, kind, tmp_path, capsys):
+    "Cut with a warning, taken as the null caption, or spelt in bytes: a picture, and never a crash"
+    from diffcourse import cli, zoo
+    if not zoo.shipped(recipe): pytest.skip(f'{recipe} is not shipped')
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('always')
+        cli.sample(recipe, n=1, out=tmp_path / 'x.png', prompt=STRANGE[kind], device='cpu')
+    assert (tmp_path / 'x.png').stat().st_size > 100
+    cut = [str(w.message) for w in told if 'are cut to' in str(w.message)]
+    assert bool(cut) == (len((dalle.shapes_bpe if recipe == 'dalle_shapes' else dalle.emoji_bpe)().encode(STRANGE[kind])) > zoo.load(recipe).text_length)
+    if kind == 'long': assert cut
+
+
+def test_the_null_caption_is_another_condition_than_a_caption(tmp_path):
+    from diffcourse import zoo
+    if not zoo.shipped('dalle_shapes'): pytest.skip('dalle_shapes is not shipped')
+    none, blank, red = (zoo.sample('dalle_shapes', 2, 0, device='cpu', prompt=p) for p in ('', '   ', 'a large red circle'))
+    assert none.equal(blank) and not none.equal(red)
+    with pytest.raises(CourseError, match='reads no captions; these do: .*dalle_shapes'): zoo.sample('ddpm_fashion_small', 1, prompt='a cat')

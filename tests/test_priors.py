@@ -24,12 +24,13 @@ PATTERN = torch.ones(24, 24, dtype=torch.bool).tril() & ((torch.arange(24)[:, No
 
 
 @pytest.mark.parametrize('dials', [{}, dict(temperature=.7, top_k=4), dict(top_p=.8), dict(temperature=0)], ids=str)
-@pytest.mark.parametrize('kind', ['causal', 'patterns', 'unmasked', 'embeddings', 'known'])
+@pytest.mark.parametrize('kind', ['causal', 'patterns', 'unmasked', 'embeddings', 'known', 'added'])
 def test_memory_changes_no_token(kind, dials):
     extra = dict(patterns=[PATTERN, PATTERN.new_ones(24, 24).tril()]) if kind == 'patterns' else dict(n_unmasked=3) if kind == 'unmasked' else {}
     model, how = lively(GPT(11, 24, 3, 4, 32, **extra)), {}
     prompt = torch.randint(11, (6, 3), generator=generator(0))
     if kind == 'embeddings': how['embeddings'] = torch.randn(6, 4, 32, generator=generator(1))
+    if kind == 'added': how['added'] = torch.randn(6, 19, 32, generator=generator(2))
     if kind == 'known':
         how['known'] = torch.full((6, 17), -1)
         how['known'][:, :5], how['known'][2, 9], how['known'][:, 12] = 4, 7, 3

@@ -1,4 +1,5 @@
 "Quantiser, both networks and their recipes: memory, names, chance, bad input, what is shipped"
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,10 @@ from diffcourse.train import Trainer, fixed_loss, train_recipe
 from diffcourse.vqvae import NAMES, RULES, VQVAE, Quantiser, nearest_code
 from diffcourse.vqvae2 import VQVAE2
 from diffcourse.weights import load_card, load_strict, load_weights, shipped
+
+HELPERS = Path(__file__).parent / 'helpers'
+sys.path.insert(0, str(HELPERS))
+from codes_job import followed, trained  # noqa: E402
 
 
 def draw(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -161,3 +166,106 @@ def test_shipped_weights_use_their_codes(name):
     recipe = getattr(vqvae2 if name.startswith('vqvae2') else vqvae, name)
     net, x = load_weights(name, recipe.model()), to_float(recipe.data('smoke').images[:40])
     assert (net(x) - x).square().mean() < .5 * x.var()
+
+
+# --- two processes --------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def two(tmp_path_factory):
+    "What each of two processes reports"
+    out = tmp_path_factory.mktemp('two')
+    run = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', HELPERS / 'codes_job.py', out],
+                         env=os.environ | {'ACCELERATE_USE_CPU': '1', 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return [json.loads((out / f'{r}.json').read_text()) for r in (0, 1)]
+
+
+@pytest.mark.parametrize('rule', ['sonnet', 'zalando', 'rosinality'])
+def test_half_batches_in_two_processes_give_the_codebook_of_one(two, rule):
+    "To the last bit: counts and sums are added over processes before they move anything"
+    assert [t['world'] for t in two] == [2, 2]
+    assert two[0]['rules'][rule] == two[1]['rules'][rule] == followed(rule)
+
+
+def test_without_the_sums_of_both_the_codebooks_part(two):
+    assert two[0]['alone'] != two[1]['alone'] and two[0]['alone'] != followed('rosinality')
+
+
+def test_two_processes_train_the_network_of_one(two):
+    one = trained(0.)
+    assert one.world == 1 and two[0]['codebook'] == two[1]['codebook'] and two[0]['losses'] == two[1]['losses']
+    torch.testing.assert_close(torch.tensor(two[0]['codebook']), one.model.quantise.codebook, rtol=1e-3, atol=1e-4)
+    assert two[0]['revived'] == two[1]['revived']
+
+
+# --- priors of two levels, and rejection ----------------------------------------------------------------------
+
+def prior_of(K=2, labels=2, shape=(1, 1)):
+    torch.manual_seed(1)
+    net = vqvae2.LevelsPrior(K, labels, shape, width=16, layers=2, heads=2).eval()
+    for p in net.parameters(): torch.nn.init.normal_(p, std=.4)
+    return net
+
+
+def test_probabilities_of_all_pairs_of_maps_add_up_to_one():
+    "One code above, four below, two codes in either book: 32 pairs; and draws have these probabilities (4.5 standard errors)"
+    net, n = prior_of(), 20_000
+    maps = torch.cartesian_prod(*[torch.arange(2)] * 5)
+    with torch.no_grad(): nats = net.nats(maps[:, :1].view(-1, 1, 1), maps[:, 1:].view(-1, 2, 2), torch.ones(32).long())
+    p = (-(nats[0].flatten(1).sum(1) + nats[1].flatten(1).sum(1)).double()).exp()
+    assert abs(float(p.sum()) - 1) < 1e-5
+    top, bottom = net.write(torch.ones(n).long(), seed=3)
+    found = torch.cat([top.flatten(1), bottom.flatten(1)], 1) @ torch.tensor([16, 8, 4, 2, 1])
+    z = (found.bincount(minlength=32) - n * p) / (n * p * (1 - p)).sqrt()
+    assert z.abs().max() < 4.5
+
+
+def test_a_bottom_that_ignores_its_top_is_noticed(monkeypatch):
+    monkeypatch.setattr(vqvae2.LevelsPrior, 'seen', lambda self, top: top.new_zeros(len(top), 4, 16).float())
+    net = prior_of()
+    bottom, y = torch.randint(2, (8, 2, 2)), torch.zeros(8).long()
+    assert net.nats(torch.zeros(8, 1, 1).long(), bottom, y)[1].equal(net.nats(torch.ones(8, 1, 1).long(), bottom, y)[1])
+    monkeypatch.undo()
+    assert not net.nats(torch.zeros(8, 1, 1).long(), bottom, y)[1].equal(net.nats(torch.ones(8, 1, 1).long(), bottom, y)[1])
+
+
+def test_the_top_is_told_place_by_place():
+    "A code of the top reaches, with 3×3 convolutions, its own neighbourhood; far places are told nothing of it"
+    net = prior_of(5, 2, (8, 8))
+    top = torch.randint(5, (1, 8, 8))
+    other = top.clone()
+    other[0, 1, 1] = (other[0, 1, 1] + 1) % 5
+    changed = (net.seen(top) != net.seen(other)).any(-1).view(16, 16)
+    assert changed[2:4, 2:4].all() and not changed[8:].any() and not changed[:, 8:].any()
+
+
+def test_the_prior_of_two_levels_learns():
+    if not shipped('vqvae2_grocery'): pytest.skip('needs vqvae2_grocery')
+    recipe = vqvae2.vqvae2_grocery_prior
+    trainer, held = train_recipe(recipe, 'smoke', progress=False), vqvae2.level_codes('vqvae2_grocery', 'test')
+    assert fixed_loss(trainer.model, recipe.loss, held, 16) < fixed_loss(recipe.model(), recipe.loss, held, 16)
+    x = recipe.sample(trainer.ema_model(), 3, 5)
+    assert x.shape == (3, 3, 64, 64) and x.abs().max() <= 1 and x.equal(recipe.sample(trainer.ema_model(), 3, 5))
+
+
+def test_rejection_keeps_the_surest_of_each_label():
+    sure, y = torch.rand(90, generator=torch.Generator().manual_seed(0)), torch.arange(90) % 9
+    for share in (1., .5, .2, .001):
+        keep = vqvae2.surest(sure, y, share)
+        n = max(1, round(share * 10))
+        assert keep.equal(keep.unique()) and y[keep].bincount().tolist() == [n] * 9
+        for k in range(9):
+            mine = sure[y == k].sort(descending=True).values[:n]
+            assert sure[keep[y[keep] == k]].sort(descending=True).values.equal(mine)
+    for share in (0, 1.1, -1):
+        with pytest.raises(CourseError, match='share'): vqvae2.surest(sure, y, share)
+
+
+def test_confidence_is_that_of_the_label():
+    from diffcourse.extractors import EmojiClassifier
+    torch.manual_seed(0)
+    judge, x, y = EmojiClassifier().eval(), draw(4, 3, 32, 32).clamp(-1, 1), torch.tensor([0, 26, 3, 3])
+    p = vqvae2.confidence(judge, x, y)
+    whole = torch.stack([vqvae2.confidence(judge, x, torch.full((4,), k)) for k in range(27)])
+    assert torch.allclose(whole.sum(0), torch.ones(4, dtype=p.dtype)) and p.equal(whole[y, torch.arange(4)])
+    with pytest.raises(CourseError, match='no class'): vqvae2.confidence(judge, x, y + 1)
