@@ -22,7 +22,7 @@ from diffcourse.train import find_recipe
 from diffcourse.weights import digest, load_card, load_weights, shipped
 
 SETS = {'vqvae_fashion': lambda: data.fashion_mnist('test'), 'vqvae_emoji': lambda: data.emoji('test'),
-        'vqvae_shapes': lambda: data.shapes(300, seed=1), 'vqvae2_grocery': lambda: data.groceries('test'),
+        'vqvae_shapes': lambda: dalle.scenes_of('test'), 'vqvae2_grocery': lambda: data.groceries('test'),
         'vqvae2_emoji': lambda: vqvae2.small_emoji('test'), 'dvae_emoji': lambda: data.emoji('test', size=32)}
 TARGET = Path(__file__).resolve().parent.parent / 'data/measured/reconstructions.json'
 
