@@ -681,8 +681,8 @@ def mirrors(
 ) -> bool:
     "Does its caption stay true in a mirror? Not where letters, digits, flags, clocks or sides are drawn"
     words = set(record['name'].lower().replace('-', ' ').split())
-    kinds = ('flag', 'arrow', 'alphanum', 'keycap', 'time', 'money', 'math', 'music', 'hand', 'zodiac')
-    return not words & SIDED and not any(k in record['subcategory'] for k in kinds)
+    kinds = {'flag', 'arrow', 'alphanum', 'keycap', 'time', 'money', 'math', 'music', 'hand', 'zodiac', 'currency'}
+    return not words & SIDED and not kinds & set(record['subcategory'].split('-'))
 
 # %% ../nbs/13_clip.ipynb #313d476e
 @lru_cache(8)
