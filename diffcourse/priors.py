@@ -155,7 +155,8 @@ class Block(nn.Module):
         n = self.names
         for norm in n.norms: _put(self, norm, ShortNorm(width) if n.short else nn.LayerNorm(width))
         for i, name in enumerate(n.qkv):
-            _linear(self, f'{n.attn}.{name}', width, 3 * width // len(n.qkv), bias and not (n.short and i == 1), n.short)
+            with_bias = bias and not (n.short and i == 1)
+            _linear(self, f'{n.attn}.{name}', width, 3 * width // len(n.qkv), with_bias, n.short)
         inner = int(ratio * width)
         for name, a, b in ((f'{n.attn}.{n.out}', width, width), (n.mlp[0], width, inner), (n.mlp[1], inner, width)):
             _linear(self, name, a, b, bias, n.short)
