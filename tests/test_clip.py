@@ -293,7 +293,7 @@ def test_flags_and_letters_are_not_mirrored():
 
 def test_retrieval_counts():
     z = torch.eye(4)
-    assert clip.retrieval(z, z)['caption@1'] == 1
+    assert clip.retrieval(z, z, ks=(1,))['caption@1'] == 1
     shifted = clip.retrieval(z, z.roll(1, 0), ks=(1, 4))
     assert shifted == {'caption@1': 0., 'caption@4': 1., 'picture@1': 0., 'picture@4': 1.}
     assert clip.retrieval(z, z.roll(1, 0), torch.ones(4, 4, dtype=torch.bool), (1,))['caption@1'] == 1
