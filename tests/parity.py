@@ -27,8 +27,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffcourse import (adm, cfg, ddim, ddpm, dvae, iddpm, inception, layers, metrics, openai_unet, priors, scores, train, unet, vqvae,
-                        vqvae2)
+from diffcourse import (adm, cfg, ddim, ddpm, dvae, iddpm, inception, layers, metrics, openai_unet, priors, scores, train, unclip, unet,
+                        vqvae, vqvae2)
 from diffcourse.core import CourseError, require
 
 HERE = Path(__file__).resolve().parent
@@ -729,6 +729,32 @@ def mingpt(g):
     model = priors.GPT(**{k: v for k, v in g.config.items() if k in known}, masks=True)
     logits = layers.load_strict(model, g.weights()).eval()(g.inputs['idx'], g.inputs.get('embeddings'))
     return dict(logits=logits, loss=priors.token_loss(logits, g.inputs['targets']))
+
+
+@family('karlo_prior', 'full__karlo_prior*')
+def karlo_prior(g):
+    "One call; the loop with guidance doubles the batch, and its first half is what the second is compared with"
+    with torch.device('meta'): net = unclip._build({k: v for k, v in g.config.items() if k != 'diffusion'})
+    net = layers.load_strict(net.to_empty(device='cpu'), g.weights()).eval()
+    i, text = g.inputs, ('text_emb', 'text_enc', 'mask')
+    out = dict(y=net(i['x'], i['timesteps'], **{k: i[k] for k in text}))
+    loop = g.group('loop/in/')
+    if not loop: return out
+    words = g.config['diffusion']
+    T, spacing = (int(re.search(p, words)[1]) for p in (r'(\d+) steps', r'respacing (\d+)'))
+    n = len(loop['scale'])
+    said, unsaid = ({k: loop[k][part] for k in text} for part in (slice(n), slice(n, None)))
+    d = unclip.prior_denoiser(net, schedule(re.search(r'steps (\w+)', words)[1], T))
+    d = d.guided(raw=cfg.classifier_free(loop['scale'], **unsaid))
+    return out | {'loop/sample': last(ddpm.ancestral(d, d.schedule.respaced(str(spacing)), loop['x_T'][:n],
+                                                 noises=loop['noises'][:, :n], **said))}
+
+
+@family('karlo_decoder', 'full__karlo_decoder*', 'karlo_superres', 'full__karlo_sr*')
+def karlo_unet(g):
+    with torch.device('meta'): net = unclip._build(g.config)
+    net = layers.load_strict(net.to_empty(device='cpu'), g.weights()).eval()
+    return dict(y=net(**g.inputs))
 
 
 @family('fid_inception_block_*')
