@@ -141,23 +141,27 @@ class AttentionBlock(ContextBlock):
         self.encoder_kv = nn.Conv1d(encoder_channels, 2 * channels, 1) if encoder_channels else None
         self.proj_out = zero_init(nn.Conv1d(channels, channels, 1))
 
-    def forward(self,
-        x: Tensor,     # features, (B, channels, H, W)
-        context=None,  # (B, L, encoder_channels), or with a mask (B, L) of what may be seen; read with encoder_channels
-    ) -> Tensor:       # the shape of x
-        "Every pixel attends to all pixels, and to the context"
-        tokens, mask = self.norm(x).flatten(2).transpose(1, 2), None                      # (B, H·W, C)
-        q, k, v = split_qkv(_pointwise(self.qkv, tokens), self.heads, self.new_order)
-        if self.encoder_kv is not None and context is not None:
-            k, v, mask = self._beside(k, v, *(context if isinstance(context, tuple) else (context, None)))
-        out = _pointwise(self.proj_out, attention(q, k, v, self.heads, mask))
-        return x + out.transpose(1, 2).unflatten(2, x.shape[2:])
+# %% ../nbs/09a_openai_unet.ipynb #707e90fe
+@patch
+def forward(
+    self: AttentionBlock,
+    x: Tensor,     # features, (B, channels, H, W)
+    context=None,  # (B, L, encoder_channels), or with a mask (B, L) of what may be seen; read with encoder_channels
+) -> Tensor:           # the shape of x
+    "Every pixel attends to all pixels, and to the context"
+    tokens, mask = self.norm(x).flatten(2).transpose(1, 2), None                      # (B, H·W, C)
+    q, k, v = split_qkv(_pointwise(self.qkv, tokens), self.heads, self.new_order)
+    if self.encoder_kv is not None and context is not None:
+        k, v, mask = self._beside(k, v, *(context if isinstance(context, tuple) else (context, None)))
+    out = _pointwise(self.proj_out, attention(q, k, v, self.heads, mask))
+    return x + out.transpose(1, 2).unflatten(2, x.shape[2:])
 
-    def _beside(self, k, v, context, seen):
-        "Keys and values of the context in front of the picture's, and which of them may be seen"
-        kv = _pointwise(self.encoder_kv, context.to(k.dtype)).unflatten(-1, (self.heads, 2, -1)).unbind(3)
-        mask = None if seen is None else F.pad(seen, (0, k.shape[1]), value=True)[:, None, None]
-        return *(torch.cat([new.flatten(2), own], 1) for new, own in zip(kv, (k, v))), mask
+@patch
+def _beside(self: AttentionBlock, k, v, context, seen):
+    "Keys and values of the context in front of the picture's, and which of them may be seen"
+    kv = _pointwise(self.encoder_kv, context.to(k.dtype)).unflatten(-1, (self.heads, 2, -1)).unbind(3)
+    mask = None if seen is None else F.pad(seen, (0, k.shape[1]), value=True)[:, None, None]
+    return *(torch.cat([new.flatten(2), own], 1) for new, own in zip(kv, (k, v))), mask
 
 # %% ../nbs/09a_openai_unet.ipynb #27a87981
 @dataclass(frozen=True)
