@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRIORS', 'ASKED', 'unclip_prior_shapes', 'unclip_prior_emoji', 'unclip_ar_prior_shapes', 'unclip_decoder_shapes',
-           'unclip_decoder_emoji', 'World', 'world', 'nothing_said', 'told', 'pairs', 'moments_of', 'vectors',
-           'painted', 'small_prior', 'small_writer', 'small_decoder', 'decoder_denoiser', 'DallE2', 'dalle2',
-           'evaluate_prior', 'evaluate_system']
+           'unclip_decoder_emoji', 'unclip_up_emoji', 'SHARES', 'World', 'world', 'nothing_said', 'told', 'pairs',
+           'moments_of', 'vectors', 'painted', 'small_prior', 'small_writer', 'small_decoder', 'decoder_denoiser',
+           'DallE2', 'dalle2', 'evaluate_prior', 'evaluate_system', 'softened', 'up_denoiser', 'loss_up', 'enlarge_by',
+           'axes_of']
 
 # %% ../nbs/15a_dalle2.ipynb #824313fa
 from collections.abc import Callable, Sequence
@@ -342,3 +343,136 @@ def _decoder_recipe(name, steps):
         sample=_sampler(name), evaluate=measure if name == 'shapes' else None))
 
 unclip_decoder_shapes, unclip_decoder_emoji = _decoder_recipe('shapes', 4000), _decoder_recipe('emoji', 2500)
+
+# %% ../nbs/15a_dalle2.ipynb #06edf0b8
+def softened(
+    x: Tensor,  # pictures, (B, C, H, W)
+) -> Tensor:    # the same, a little softer
+    "A Gaussian blur of 0.6 pixels: painted pictures are softer than photographs, and must not surprise an upsampler"
+    k = torch.exp(-torch.arange(-1., 2.).to(x) ** 2 / (2 * .6 ** 2))
+    k = (k / k.sum()).outer(k / k.sum()).expand(x.shape[1], 1, 3, 3)
+    return F.conv2d(F.pad(x, (1, 1, 1, 1), mode='replicate'), k, groups=x.shape[1])
+
+def up_denoiser(
+    net: Callable,  # `unclip_up_emoji`'s network
+) -> Denoiser:      # x0 on the cosine schedule, clipped
+    "The set-up of the small upsampler"
+    return Denoiser(net, Schedule.cosine(), 'x0').guided(x0=clip_x0)
+
+def loss_up(
+    model: nn.Module,  # a `SuperResModel`
+    batch: dict,       # 'x': pictures, (B, 3, H, W) in [-1, 1]
+    draws,             # the step's random numbers
+) -> Tensor:
+    "Denoise a crop beside its softened half-size version"
+    side = batch['x'].shape[-1] // 2
+    i, j = (2 * int(v) for v in draws.integers(side // 2 + 1, 2))
+    x = batch['x'][..., i:i + side, j:j + side]
+    return loss_simple(up_denoiser(None), cond=('low_res',))(model, dict(x=x, low_res=F.avg_pool2d(softened(x), 2)), draws)
+
+# %% ../nbs/15a_dalle2.ipynb #011a9124
+def enlarge_by(
+    model: nn.Module,  # `unclip_up_emoji`'s network
+    low_res: Tensor,   # small pictures in [-1, 1], (B, 3, h, h)
+    seed: int = 0,     # of the noise
+    steps: int = 8,    # of DDIM
+) -> Tensor:           # (B, 3, 2h, 2h) in [-1, 1]
+    "Twice the side, by diffusion"
+    d, size = up_denoiser(model), 2 * low_res.shape[-1]
+    return sample(d, (len(low_res), 3, size, size), d.schedule.respaced(steps), seed, ddim, low_res=low_res).clamp(-1, 1)
+
+unclip_up_emoji = register(Recipe(
+    'unclip_up_emoji', 'unCLIP upsampler of emoji: 32×32 → 64×64, no attention, 0.1 M parameters',
+    data=lambda level: data.emoji('train', size=64),
+    model=lambda: SuperResModel(in_channels=3, out_channels=3, model_channels=16, channel_mult=(1, 2), num_res_blocks=1,
+                                patch=2, use_scale_shift_norm=True, use_middle_attention=False, groups=8),
+    loss=loss_up,
+    settings=dict(smoke=dict(steps=25, batch_size=16, lr=2e-3, warmup=5, ema=.9),
+                  laptop=dict(steps=1500, batch_size=32, lr=2e-3, ema=.998),
+                  gpu=dict(steps=20_000, batch_size=256, lr=1e-3)),
+    reconstruct=lambda model, x: enlarge_by(model, F.avg_pool2d(x, 2))))
+
+# %% ../nbs/15a_dalle2.ipynb #b999e7f5
+SHARES = {f'unclip_{name}': f'unclip_decoder_{name}' for name in ('shapes', 'emoji')}  # the whole → whose weights it loads
+for _name, _decoder in SHARES.items():
+    register(replace(find_recipe(_decoder), name=_name, about=f'DALL·E 2 of {_name[7:]}: prior, then {_decoder}'))
+
+# %% ../nbs/15a_dalle2.ipynb #7aae2845
+@patch
+@torch.no_grad()
+def invert(self: DallE2,
+    images: Tensor,  # pictures, (B, 3, 32, 32): bytes, or floats in [-1, 1]
+    steps: int = 50, # of DDIM, backwards
+) -> tuple:          # z_i of length 1, (B, D); x_T, (B, 3, 32, 32)
+    "@eq-dalle2-address"
+    x = to_float(images) if images.dtype == torch.uint8 else images
+    z, d = self.world.look(x), self.denoiser(1.)
+    for x in encode(d, d.schedule.respaced(steps), x, **self.conditions(z)): pass
+    return z, x
+
+@patch
+def vary(self: DallE2,
+    images: Tensor,    # pictures, (B, 3, 32, 32)
+    n: int = 4,        # variations of each
+    eta: float = 1.,   # 0: the picture itself, 1: as much fresh noise as DDPM adds
+    seed: int = 0,     # of the noise
+    steps: int = 25,   # of DDIM
+) -> Tensor:           # (B, n, 3, 32, 32) in [-1, 1]
+    "Other pictures with the same vector (Ramesh et al. 2022, section 3.1)"
+    z, x_T = self.invert(images)
+    many = lambda v: v.repeat_interleave(n, 0)
+    return self.decode(many(z), None, seed, many(x_T), 1., steps, eta).unflatten(0, (-1, n))
+
+# %% ../nbs/15a_dalle2.ipynb #12558dae
+@patch
+def interpolate(self: DallE2,
+    a: Tensor,          # a picture, (3, 32, 32)
+    b: Tensor,          # another
+    n: int = 7,         # pictures in all, the ends among them
+    steps: int = 25,    # of DDIM
+    both: bool = True,  # move the noise too? False: that of `a` for all
+) -> Tensor:            # (n, 3, 32, 32) in [-1, 1]
+    "The way from one picture to another (Ramesh et al. 2022, section 3.2)"
+    require(n >= 2, f'n must be at least 2, for the two ends, got {n}')
+    z, x_T = self.invert(torch.stack([a, b]))
+    w, row = torch.linspace(0, 1, n), lambda v, k: v[k:k + 1].repeat(n, *[1] * (v.ndim - 1))
+    noise = slerp(row(x_T, 0), row(x_T, 1), w) if both else row(x_T, 0)
+    return self.decode(slerp(row(z, 0), row(z, 1), w), x_T=noise, scale=1., steps=steps)
+
+# %% ../nbs/15a_dalle2.ipynb #bfd132b0
+@patch
+def rewrite(self: DallE2,
+    image: Tensor,                 # a picture, (3, 32, 32)
+    before: str,                   # what it is
+    after: str,                    # what it shall become
+    amounts: Sequence[float] = (0., .125, .25, .375, .5), # θ
+    steps: int = 25,               # of DDIM
+) -> Tensor:                       # one picture for each θ, (n, 3, 32, 32) in [-1, 1]
+    "@eq-dalle2-diff: move a picture by the difference of two captions"
+    text, n = self.world.read([before, after])['text_emb'], len(amounts)
+    z, x_T = self.invert(image[None])
+    way = F.normalize(text[1:] - text[:1], dim=1)
+    θ = torch.as_tensor(amounts, dtype=torch.float64)
+    return self.decode(slerp(z.repeat(n, 1), way.repeat(n, 1), θ), x_T=x_T.repeat(n, 1, 1, 1), scale=1., steps=steps)
+
+# %% ../nbs/15a_dalle2.ipynb #24610b35
+@lru_cache(2)
+def axes_of(
+    name: str,  # of a world
+) -> Buckets:   # with as many axes as a vector has numbers
+    "Principal axes of the picture vectors of a world"
+    z = world(name).look(pairs(name, 2400)[0][:2000])
+    return Buckets(z.shape[1], z.shape[1], 2).fit(z)
+
+@patch
+def outline(self: DallE2,
+    z: Tensor,              # a vector of length 1, (D,)
+    axes: Sequence[int],    # how many axes to keep, for each picture
+    seed: int = 0,          # of the noise, the same for all
+) -> Tensor:                # (n, 3, 32, 32) in [-1, 1]
+    "Pictures of a vector of which less and less is kept (Ramesh et al. 2022, section 4)"
+    found = axes_of(self.world.name)
+    scores = found.scores(z[None])
+    kept = torch.cat([F.normalize(found.back(scores[:, :k]), dim=1) for k in axes])
+    noise = torch.randn(1, 3, 32, 32, generator=generator(seed)).repeat(len(axes), 1, 1, 1)
+    return self.decode(kept, x_T=noise, scale=1.)
