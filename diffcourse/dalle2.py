@@ -76,7 +76,7 @@ def read(self: World,
     z = F.normalize(words[torch.arange(len(end)), end] @ self.clip.text_projection, dim=1)
     return dict(text_emb=z, text_enc=words, mask=torch.arange(tokens.shape[1]) <= end[:, None])
 
-# %% ../nbs/15a_dalle2.ipynb #0c86ce4c
+# %% ../nbs/15a_dalle2.ipynb #c65c2fe2
 @lru_cache(2)
 def nothing_said(
     name: str,  # of a world
@@ -104,9 +104,9 @@ def pairs(
 def moments_of(
     name: str,  # of a world
 ) -> Moments:
-    "Mean and spread of the vectors of about 2,000 pictures to learn from"
-    images = pairs(name, 2400)[0]
-    return Moments.of(world(name).look(images[::max(1, len(images) // 2000)]))
+    "Mean and spread of the vectors of about a thousand pictures to learn from"
+    images = pairs(name, 1200)[0]
+    return Moments.of(world(name).look(images[::max(1, len(images) // 1000)]))
 
 # %% ../nbs/15a_dalle2.ipynb #7acd7261
 def vectors(
@@ -127,7 +127,7 @@ def painted(
     images, captions = pairs(name, n)
     return dict(x=images, y=moments_of(name).whiten(world(name).look(images)), **told(world(name).read(captions)))
 
-# %% ../nbs/15a_dalle2.ipynb #94153db8
+# %% ../nbs/15a_dalle2.ipynb #eeb44ea8
 def small_prior(
     name: str,  # of a world
 ) -> PriorTransformer:
@@ -140,7 +140,7 @@ def small_writer(
     name: str,  # of a world
 ) -> ARPrior:   # with fitted buckets
     "An autoregressive prior for a CLIP of chapter 13: 24 axes of 32 buckets"
-    w, (images, captions) = world(name), pairs(name, 2400)
+    w, (images, captions) = world(name), pairs(name, 1200)
     width, D = w.clip.text_projection.shape
     net = ARPrior(Buckets(D, 24, 32), w.clip.context_length, D, width, width=64, layers=3)
     return net.fit(w.look(images), w.read(captions)['text_emb'])
@@ -305,7 +305,7 @@ def evaluate_system(
             out[f'{kind}_{k}'], *out[f'{kind}_{k}_95'] = (round(v, 4) for v in share_interval(hits[k]))
     return out | {'n': n}
 
-# %% ../nbs/15a_dalle2.ipynb #bd6b00b4
+# %% ../nbs/15a_dalle2.ipynb #e0ff84d1
 _sizes = dict(smoke=300, laptop=20_000, gpu=200_000)
 
 def _prior_recipe(name, steps):
@@ -319,7 +319,7 @@ def _prior_recipe(name, steps):
                       laptop=dict(steps=steps, batch_size=128, lr=3e-3, ema=.998),
                       gpu=dict(steps=40_000, batch_size=512, lr=1e-3, warmup=500, ema=.9995)), evaluate=measure))
 
-unclip_prior_shapes, unclip_prior_emoji = _prior_recipe('shapes', 2000), _prior_recipe('emoji', 1500)
+unclip_prior_shapes, unclip_prior_emoji = _prior_recipe('shapes', 1200), _prior_recipe('emoji', 1000)
 
 # %% ../nbs/15a_dalle2.ipynb #855ba36d
 unclip_ar_prior_shapes = register(Recipe(
