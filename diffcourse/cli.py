@@ -62,9 +62,13 @@ def train(
 def _train_one(name, out, budget, data, dtype, how) -> tuple:
     "Train one recipe; its row of the table"
     from diffcourse import zoo
+    from diffcourse.core import require
     from diffcourse.data import image_folder
-    channels, size, _ = zoo.find_recipe(name).data('smoke').shape
-    pictures = image_folder(data, size=size, channels=channels) if data else None
+    pictures = None
+    if data:
+        learns = zoo.find_recipe(name).data('smoke')
+        require(hasattr(learns, 'shape'), f'{name} does not learn from pictures alone: --data is not for it')
+        pictures = image_folder(data, size=learns.shape[1], channels=learns.shape[0])
     try: card = zoo.fit(name, out, budget, pictures, dtype, **how)
     except KeyboardInterrupt as e:
         print(f'diffcourse: {e}; the same command goes on from there', file=sys.stderr)
