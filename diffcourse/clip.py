@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['MAX_SCALE', 'MEANS', 'STDS', 'PARTS', 'SCRIPT_EXTRAS', 'LENGTH', 'SIDED', 'NOISE', 'clip_emoji', 'clip_shapes',
            'noised_clip_shapes', 'noised_clip_emoji', 'clip_emoji_judge', 'contrastive_logits', 'contrastive_loss',
-           'gathered', 'cached_backward', 'scale_of', 'clamp_scale', 'clip_tokens', 'Transformer', 'VisionTransformer',
-           'Bottleneck', 'AttentionPool2d', 'ModifiedResNet', 'TextTower', 'CLIP', 'image_tower', 'CLIPTextModel',
-           'open_clip_flags', 'TextEncoder', 'ImageEncoder', 'NoisedCLIP', 'released', 'from_official', 'from_flags',
-           'which_release', 'load_official', 'clip_words', 'tokens_of', 'says', 'mirrors', 'emoji_pairs', 'drawn',
-           'loss_emoji', 'loss_shapes', 'noised', 'shape_pairs', 'retrieval', 'embedded', 'evaluate_emoji',
-           'evaluate_shapes', 'evaluate_noised', 'small_clip', 'small_noised', 'judge_pairs']
+           'scale_of', 'clamp_scale', 'clip_tokens', 'Transformer', 'TextTower', 'VisionTransformer', 'Bottleneck',
+           'AttentionPool2d', 'ModifiedResNet', 'CLIP', 'image_tower', 'open_clip_flags', 'CLIPTextModel',
+           'TextEncoder', 'ImageEncoder', 'NoisedCLIP', 'released', 'from_official', 'from_flags', 'which_release',
+           'load_official', 'clip_pixels', 'cached_backward', 'gathered', 'clip_words', 'tokens_of', 'says', 'mirrors',
+           'emoji_pairs', 'drawn', 'loss_emoji', 'loss_shapes', 'shape_pairs', 'noised', 'retrieval', 'embedded',
+           'evaluate_emoji', 'evaluate_shapes', 'evaluate_noised', 'small_clip', 'small_noised', 'judge_pairs',
+           'class_vectors', 'zero_shot', 'modality_gap', 'scorer', 'rerank']
 
 # %% ../nbs/13_clip.ipynb #cb3b4cf7
 import math
@@ -62,46 +63,6 @@ def contrastive_loss(
     same = torch.eye(len(logits), dtype=torch.bool, device=logits.device) if same is None else same
     nats = lambda l, s: F.cross_entropy(l, s / s.sum(1, keepdim=True))
     return (nats(logits, same.float()) + nats(logits.T, same.T.float())) / 2
-
-# %% ../nbs/13_clip.ipynb #c8f9ef34
-class _Gather(torch.autograd.Function):
-    "Rows of all processes, in the order of their ranks; backwards, the sum of what all of them ask of a row"
-    @staticmethod
-    def forward(ctx, x):
-        ctx.n = len(x)
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad[dist.get_rank() * ctx.n:][:ctx.n]
-
-def gathered(
-    x: Tensor,  # this process's rows, (B, …); as many in every process
-) -> Tensor:    # everybody's, (world · B, …)
-    "The rows of all processes, with gradients that reach the process they came from"
-    alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
-    return x if alone else _Gather.apply(x)
-
-# %% ../nbs/13_clip.ipynb #825f83fb
-def cached_backward(
-    model: nn.Module,     # with encode_image, encode_text and logit_scale; without dropout or batch statistics
-    image: Tensor,        # pictures, (B, C, H, W)
-    text: Tensor,         # tokens of their captions, (B, L)
-    chunk: int,           # rows that fit in memory with their graph
-    loss: Callable = contrastive_loss,  # (image embeddings, text embeddings, scale) → one number
-) -> Tensor:              # the loss; the parameters' .grad is what one pass over the whole batch would have added
-    "The gradient of a large batch from small pieces: embed, differentiate at the embeddings, embed again"
-    parts = [(model.encode_image, p) for p in image.split(chunk)], [(model.encode_text, p) for p in text.split(chunk)]
-    with torch.no_grad(): z = [torch.cat([f(p) for f, p in side]).requires_grad_() for side in parts]
-    value = loss(*z, scale_of(model))
-    value.backward()
-    for side, whole in zip(parts, z):
-        for (f, p), g in zip(side, whole.grad.split(chunk)): f(p).backward(g)
-    return value.detach()
 
 # %% ../nbs/13_clip.ipynb #9a79e1ef
 def scale_of(
@@ -165,6 +126,49 @@ class Transformer(nn.Module):
         for block in self.resblocks[:len(self.resblocks) - skip]: x = block(x, causal=causal)
         return x
 
+# %% ../nbs/13_clip.ipynb #7e1f286b
+class TextTower(nn.Module):
+    "CLIP's text half, its parameters at the top level as in the released files"
+    def __init__(self,
+        embed_dim: int,             # D, of the common space
+        context_length: int,        # L, tokens
+        vocab_size: int,            # V
+        transformer_width: int,     # of the stream
+        transformer_heads: int,     # of each block
+        transformer_layers: int,    # blocks
+        act: str = 'quick_gelu',    # see `Transformer`
+    ):
+        super().__init__()
+        self.context_length = context_length
+        self.token_embedding = nn.Embedding(vocab_size, transformer_width)
+        self.positional_embedding = nn.Parameter(.01 * torch.randn(context_length, transformer_width))
+        self.transformer = Transformer(transformer_width, transformer_layers, transformer_heads, act)
+        self.ln_final = nn.LayerNorm(transformer_width)
+        self.text_projection = nn.Parameter(transformer_width**-.5 * torch.randn(transformer_width, embed_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))
+        nn.init.normal_(self.token_embedding.weight, std=.02)
+
+# %% ../nbs/13_clip.ipynb #804cf811
+@patch
+def text_states(self: TextTower,
+    tokens: Tensor,   # (B, L)
+    skip: int = 0,    # leave out the last so many blocks; 1: the penultimate layer, which SD 2 reads
+) -> Tensor:          # (B, L, width), after the last layer norm
+    "What the text tower knows after each token"
+    require(tokens.ndim == 2 and tokens.shape[1] <= self.context_length,
+            f'tokens must be (B, at most {self.context_length}), got {tuple(tokens.shape)}')
+    x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
+    return self.ln_final(self.transformer(x, causal=True, skip=skip))
+
+@patch
+def encode_text(self: TextTower,
+    tokens: Tensor,          # (B, L); the end mark must be the largest number in use
+    normalize: bool = False, # to length 1?
+) -> Tensor:                 # (B, D)
+    "Embed captions: the state at the end mark, which has seen all of the caption, projected"
+    x = self.text_states(tokens)[torch.arange(len(tokens)), tokens.argmax(-1)] @ self.text_projection
+    return F.normalize(x, dim=-1) if normalize else x
+
 # %% ../nbs/13_clip.ipynb #340ef286
 class VisionTransformer(nn.Module):
     "ViT: patches, a class token, blocks; the class token's last state is the picture (Dosovitskiy et al. 2021)"
@@ -188,7 +192,7 @@ class VisionTransformer(nn.Module):
         self.transformer = Transformer(width, layers, heads, act, ratio)
         self.proj = nn.Parameter(narrow * torch.randn(width, output_dim))
 
-# %% ../nbs/13_clip.ipynb #804cf811
+# %% ../nbs/13_clip.ipynb #70ce1c86
 @patch
 def forward(self: VisionTransformer,
     x: Tensor,  # pictures, (B, 3, size, size)
@@ -277,7 +281,7 @@ class ModifiedResNet(nn.Module):
             n_in = 4 * planes
         self.attnpool = AttentionPool2d(input_resolution // 32, 32 * width, heads, output_dim)
 
-# %% ../nbs/13_clip.ipynb #70ce1c86
+# %% ../nbs/13_clip.ipynb #8cab99cb
 @patch
 def forward(self: ModifiedResNet,
     x: Tensor,  # pictures, (B, 3, size, size)
@@ -288,49 +292,6 @@ def forward(self: ModifiedResNet,
     x = F.avg_pool2d(x, 2)
     for i in (1, 2, 3, 4): x = getattr(self, f'layer{i}')(x)
     return self.attnpool(x)
-
-# %% ../nbs/13_clip.ipynb #7e1f286b
-class TextTower(nn.Module):
-    "CLIP's text half, its parameters at the top level as in the released files"
-    def __init__(self,
-        embed_dim: int,             # D, of the common space
-        context_length: int,        # L, tokens
-        vocab_size: int,            # V
-        transformer_width: int,     # of the stream
-        transformer_heads: int,     # of each block
-        transformer_layers: int,    # blocks
-        act: str = 'quick_gelu',    # see `Transformer`
-    ):
-        super().__init__()
-        self.context_length = context_length
-        self.token_embedding = nn.Embedding(vocab_size, transformer_width)
-        self.positional_embedding = nn.Parameter(.01 * torch.randn(context_length, transformer_width))
-        self.transformer = Transformer(transformer_width, transformer_layers, transformer_heads, act)
-        self.ln_final = nn.LayerNorm(transformer_width)
-        self.text_projection = nn.Parameter(transformer_width**-.5 * torch.randn(transformer_width, embed_dim))
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))
-        nn.init.normal_(self.token_embedding.weight, std=.02)
-
-# %% ../nbs/13_clip.ipynb #8cab99cb
-@patch
-def text_states(self: TextTower,
-    tokens: Tensor,   # (B, L)
-    skip: int = 0,    # leave out the last so many blocks; 1: the penultimate layer, which SD 2 reads
-) -> Tensor:          # (B, L, width), after the last layer norm
-    "What the text tower knows after each token"
-    require(tokens.ndim == 2 and tokens.shape[1] <= self.context_length,
-            f'tokens must be (B, at most {self.context_length}), got {tuple(tokens.shape)}')
-    x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
-    return self.ln_final(self.transformer(x, causal=True, skip=skip))
-
-@patch
-def encode_text(self: TextTower,
-    tokens: Tensor,          # (B, L); the end mark must be the largest number in use
-    normalize: bool = False, # to length 1?
-) -> Tensor:                 # (B, D)
-    "Embed captions: the state at the end mark, which has seen all of the caption, projected"
-    x = self.text_states(tokens)[torch.arange(len(tokens)), tokens.argmax(-1)] @ self.text_projection
-    return F.normalize(x, dim=-1) if normalize else x
 
 # %% ../nbs/13_clip.ipynb #d3f8be88
 class CLIP(TextTower):
@@ -383,6 +344,23 @@ def forward(self: CLIP,
     logits = contrastive_logits(self.encode_image(image), self.encode_text(text), scale_of(self))
     return logits, logits.T
 
+# %% ../nbs/13_clip.ipynb #46d6a0bc
+def open_clip_flags(
+    config: dict,  # of OpenCLIP: embed_dim, vision_cfg, text_cfg, perhaps quick_gelu
+) -> dict:         # arguments of `CLIP`
+    "What an OpenCLIP configuration means here"
+    v, t, odd = config['vision_cfg'], config['text_cfg'], {'custom_text', 'multimodal_cfg'} & {*config}
+    require(not odd and not isinstance(v.get('layers'), type(None)) and 'hf_model_name' not in t,
+            f'only OpenCLIP models of two plain towers are built here; this one has {odd or "a foreign tower"}')
+    act, layers = 'quick_gelu' if config.get('quick_gelu') else 'gelu', v['layers']
+    per_head = v.get('head_width', 64)
+    heads = v['width'] * (1 if isinstance(layers, int) else 32) // per_head
+    return dict(embed_dim=config['embed_dim'], image_resolution=v['image_size'], vision_layers=layers,
+                vision_width=v['width'], vision_patch_size=v.get('patch_size'), vision_heads=heads,
+                vision_ratio=v.get('mlp_ratio', 4), act=act, context_length=t.get('context_length', 77),
+                vocab_size=t.get('vocab_size', 49408), transformer_width=t.get('width', 512),
+                transformer_heads=t.get('heads', 8), transformer_layers=t.get('layers', 12))
+
 # %% ../nbs/13_clip.ipynb #34164d1b
 class CLIPTextModel(nn.Module):
     "CLIP's text tower under the names of Hugging Face's transformers, as Stable Diffusion 1 carries it"
@@ -414,23 +392,6 @@ def forward(self: CLIPTextModel,
     x = m.embeddings.token_embedding(tokens) + m.embeddings.position_embedding.weight[:n]
     for block in m.encoder.layers: x = block(x, causal=True)
     return m.final_layer_norm(x)
-
-# %% ../nbs/13_clip.ipynb #46d6a0bc
-def open_clip_flags(
-    config: dict,  # of OpenCLIP: embed_dim, vision_cfg, text_cfg, perhaps quick_gelu
-) -> dict:         # arguments of `CLIP`
-    "What an OpenCLIP configuration means here"
-    v, t, odd = config['vision_cfg'], config['text_cfg'], {'custom_text', 'multimodal_cfg'} & {*config}
-    require(not odd and not isinstance(v.get('layers'), type(None)) and 'hf_model_name' not in t,
-            f'only OpenCLIP models of two plain towers are built here; this one has {odd or "a foreign tower"}')
-    act, layers = 'quick_gelu' if config.get('quick_gelu') else 'gelu', v['layers']
-    per_head = v.get('head_width', 64)
-    heads = v['width'] * (1 if isinstance(layers, int) else 32) // per_head
-    return dict(embed_dim=config['embed_dim'], image_resolution=v['image_size'], vision_layers=layers,
-                vision_width=v['width'], vision_patch_size=v.get('patch_size'), vision_heads=heads,
-                vision_ratio=v.get('mlp_ratio', 4), act=act, context_length=t.get('context_length', 77),
-                vocab_size=t.get('vocab_size', 49408), transformer_width=t.get('width', 512),
-                transformer_heads=t.get('heads', 8), transformer_layers=t.get('layers', 12))
 
 # %% ../nbs/13_clip.ipynb #d8472e73
 class _Embed(nn.Module):
@@ -629,6 +590,59 @@ def load_official(
     model = from_official(which_release(state, str(path))) if model is None else model
     return load_strict(model, state, str(path)).eval().float()
 
+# %% ../nbs/13_clip.ipynb #4eb59816
+def clip_pixels(
+    x: Tensor,         # pictures in [-1, 1], (B, 3, H, W)
+    size: int = 224,   # pixels of a side that the released model wants
+) -> Tensor:           # (B, 3, size, size), standardised
+    "What released models were shown: the shorter side scaled to `size`, the middle cut out, mean and deviation removed"
+    h, w = x.shape[2:]
+    new = (max(size, round(h * size / min(h, w))), max(size, round(w * size / min(h, w))))
+    if new != (h, w): x = F.interpolate(x, new, mode='bicubic', antialias=True).clamp(-1, 1)
+    top, left = (new[0] - size) // 2, (new[1] - size) // 2
+    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (MEANS, STDS))
+    return ((x[:, :, top:top + size, left:left + size] + 1) / 2 - mean) / std
+
+# %% ../nbs/13_clip.ipynb #825f83fb
+def cached_backward(
+    model: nn.Module,     # with encode_image, encode_text and logit_scale; without dropout or batch statistics
+    image: Tensor,        # pictures, (B, C, H, W)
+    text: Tensor,         # tokens of their captions, (B, L)
+    chunk: int,           # rows that fit in memory with their graph
+    loss: Callable = contrastive_loss,  # (image embeddings, text embeddings, scale) → one number
+) -> Tensor:              # the loss; the parameters' .grad is what one pass over the whole batch would have added
+    "The gradient of a large batch from small pieces: embed, differentiate at the embeddings, embed again"
+    parts = [(model.encode_image, p) for p in image.split(chunk)], [(model.encode_text, p) for p in text.split(chunk)]
+    with torch.no_grad(): z = [torch.cat([f(p) for f, p in side]).requires_grad_() for side in parts]
+    value = loss(*z, scale_of(model))
+    value.backward()
+    for side, whole in zip(parts, z):
+        for (f, p), g in zip(side, whole.grad.split(chunk)): f(p).backward(g)
+    return value.detach()
+
+# %% ../nbs/13_clip.ipynb #c8f9ef34
+class _Gather(torch.autograd.Function):
+    "Rows of all processes, in the order of their ranks; backwards, the sum of what all of them ask of a row"
+    @staticmethod
+    def forward(ctx, x):
+        ctx.n = len(x)
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad[dist.get_rank() * ctx.n:][:ctx.n]
+
+def gathered(
+    x: Tensor,  # this process's rows, (B, …); as many in every process
+) -> Tensor:    # everybody's, (world · B, …)
+    "The rows of all processes, with gradients that reach the process they came from"
+    alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+    return x if alone else _Gather.apply(x)
+
 # %% ../nbs/13_clip.ipynb #28b4c476
 def clip_words(
     kind: str,  # 'emoji' or 'shapes'
@@ -667,8 +681,8 @@ def mirrors(
 ) -> bool:
     "Does its caption stay true in a mirror? Not where letters, digits, flags, clocks or sides are drawn"
     words = set(record['name'].lower().replace('-', ' ').split())
-    kinds = ('flag', 'arrow', 'alphanum', 'keycap', 'time', 'money', 'math', 'music', 'hand', 'zodiac')
-    return not words & SIDED and not any(k in record['subcategory'] for k in kinds)
+    kinds = {'flag', 'arrow', 'alphanum', 'keycap', 'time', 'money', 'math', 'music', 'hand', 'zodiac', 'currency'}
+    return not words & SIDED and not kinds & set(record['subcategory'].split('-'))
 
 # %% ../nbs/13_clip.ipynb #313d476e
 @lru_cache(8)
@@ -732,6 +746,17 @@ def loss_shapes(
     image = model.encode_image(jitter(to_float(batch['x']), draws, 1, edge='nearest'))
     return _loss(model, image, batch['tokens'], same)
 
+# %% ../nbs/13_clip.ipynb #296e5472
+@lru_cache(4)
+def shape_pairs(
+    n: int,            # scenes
+    seed: int = 0,     # of the sequence; 0 to learn from, 1 to test with
+    things: tuple = (1, 2), # numbers of things
+) -> dict:             # x bytes (n, 3, 32, 32), tokens (n, L)
+    "Scenes and their captions"
+    s = data.shapes(n, seed, things=things)
+    return dict(x=s.images, tokens=tokens_of(s.captions, 'shapes'))
+
 # %% ../nbs/13_clip.ipynb #c393dc8b
 NOISE = Schedule.cosine()   # of the noised models: 1000 levels, as in GLIDE
 
@@ -753,17 +778,6 @@ class _Noisy:
     def encode_image(self, x):
         noise = self.draws.normal(*x.shape).to(x.device)
         return self.model.encode_image(q_sample(x, NOISE.alphas_cumprod.to(x.device)[self.t], noise), self.t)
-
-# %% ../nbs/13_clip.ipynb #296e5472
-@lru_cache(4)
-def shape_pairs(
-    n: int,            # scenes
-    seed: int = 0,     # of the sequence; 0 to learn from, 1 to test with
-    things: tuple = (1, 2), # numbers of things
-) -> dict:             # x bytes (n, 3, 32, 32), tokens (n, L)
-    "Scenes and their captions"
-    s = data.shapes(n, seed, things=things)
-    return dict(x=s.images, tokens=tokens_of(s.captions, 'shapes'))
 
 # %% ../nbs/13_clip.ipynb #cf8faa26
 def retrieval(
@@ -896,3 +910,52 @@ clip_emoji_judge = register(Recipe(
     data=lambda budget: judge_pairs(), loss=loss_emoji, evaluate=evaluate_emoji,
     model=lambda: small_clip('emoji', dict(vision_layers=3, vision_width=96, vision_patch_size=8, vision_heads=3)),
     settings=_steps(32, 2000, 64, seed=1)))
+
+# %% ../nbs/13_clip.ipynb #e32c8a1c
+def class_vectors(
+    encode: Callable,               # tokens → embeddings, such as model.encode_text
+    tokenize: Callable,             # captions → tokens
+    prompts: Sequence[Sequence[str]], # several captions for each class
+) -> Tensor:                        # (classes, D), of length 1
+    "A classifier made of words: the mean of a class's captions (Radford et al. 2021, section 3.1.4)"
+    z = [F.normalize(embedded(encode, tokenize(list(p))).mean(0), dim=-1) for p in prompts]
+    return torch.stack(z)
+
+def zero_shot(
+    encode: Callable,     # pictures → embeddings, such as model.encode_image
+    pictures: Tensor,     # bytes, or in [-1, 1], (N, 3, H, W)
+    classes: Tensor,      # from `class_vectors`
+) -> Tensor:              # (N,), numbers of classes
+    "The class whose words are nearest"
+    return (embedded(encode, pictures) @ classes.T).argmax(1)
+
+# %% ../nbs/13_clip.ipynb #2b940c62
+def modality_gap(
+    image: Tensor,  # embeddings of pictures, (N, D)
+    text: Tensor,   # of captions, (M, D)
+) -> float:         # between 0 and 2
+    "Distance between the mean picture and the mean caption (Liang et al. 2022)"
+    middle = lambda z: F.normalize(z.double(), dim=-1).mean(0)
+    return float((middle(image) - middle(text)).norm())
+
+# %% ../nbs/13_clip.ipynb #a0bdfaa7
+def scorer(
+    name: str = 'clip_shapes',       # 'clip_shapes', 'clip_emoji' or 'clip_emoji_judge', with shipped weights
+    model: nn.Module | None = None,  # use this instead of the shipped one
+) -> Callable:                       # (pictures in [-1, 1], captions) → cosines (N,), for chapter 07a's `rerank`
+    "A CLIP as a judge of how well pictures fit captions"
+    recipe = dict(clip_shapes=clip_shapes, clip_emoji=clip_emoji, clip_emoji_judge=clip_emoji_judge)[name]
+    model = load_weights(name, recipe.model()) if model is None else model.eval()
+    def score(pictures, captions):
+        z = embedded(model.encode_image, pictures)
+        return (z * embedded(model.encode_text, tokens_of(list(captions), name.split('_')[1]))).sum(1)
+    return score
+
+def rerank(
+    captions: Sequence[str],  # B of them
+    pictures: Tensor,         # N for each, (B, N, 3, 32, 32) in [-1, 1]
+    name: str = 'clip_shapes', # whose opinion
+    **how,                    # `model`, see `scorer`
+) -> tuple:                   # the best picture of each caption (B, 3, 32, 32), all scores (B, N)
+    "Let CLIP choose, as DALL·E 1 did (Ramesh et al. 2021, section 2.6)"
+    return rerank_by(pictures, captions, scorer(name, **how))
