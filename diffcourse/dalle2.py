@@ -19,18 +19,19 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-# %% ../nbs/15a_dalle2.ipynb #bc1e63d2
+# %% ../nbs/15a_dalle2.ipynb #06e017ba
 from . import data
 from .cfg import classifier_free
 from .clip import CLIP, clip_emoji, clip_shapes, tokens_of
 from .core import generator, require, to_float
+from .dalle import ASKED as scenes_asked, MEANT as emoji_asked
 from .ddim import ddim, encode, slerp
 from .ddpm import Denoiser, Schedule, clip_x0, loss_simple, sample
 from .glide import scene_hits, share_interval, shifted_cosine, told_scenes, unseen_captions
 from .openai_unet import SuperResModel
 from .train import Recipe, find_recipe, register
-from .unclip import (ARPrior, Buckets, Moments, PriorTransformer, UnCLIPDecoder, draw_ar, draw_diffusion, loss_ar,
-                               loss_decoder, loss_prior, prior_denoiser)
+from .unclip import (ARPrior, Buckets, Moments, PriorTransformer, UnCLIPDecoder, draw_ar, draw_diffusion,
+                               loss_ar, loss_decoder, loss_prior, prior_denoiser)
 from .weights import load_weights, shipped
 
 # %% ../nbs/15a_dalle2.ipynb #14a52c3b
@@ -54,7 +55,7 @@ def world(
     there = shipped(recipe.name)
     return World(name, load_weights(recipe.name, clip) if there else clip.eval(), there)
 
-# %% ../nbs/15a_dalle2.ipynb #4820e68d
+# %% ../nbs/15a_dalle2.ipynb #9c056e5f
 @patch
 @torch.no_grad()
 def look(self: World,
@@ -68,7 +69,7 @@ def look(self: World,
 @torch.no_grad()
 def read(self: World,
     captions: Sequence[str],  # B of them; '' says nothing
-) -> dict:                    # text_emb: z_t of length 1, (B, D); text_enc: (B, L, width); mask: True up to the end mark
+) -> dict:                    # text_emb: z_t of length 1, (B, D); text_enc: (B, L, width); mask: True up to the end
     "What CLIP makes of captions"
     tokens = tokens_of(captions, self.name)
     end = tokens.argmax(1)
@@ -76,7 +77,7 @@ def read(self: World,
     z = F.normalize(words[torch.arange(len(end)), end] @ self.clip.text_projection, dim=1)
     return dict(text_emb=z, text_enc=words, mask=torch.arange(tokens.shape[1]) <= end[:, None])
 
-# %% ../nbs/15a_dalle2.ipynb #c65c2fe2
+# %% ../nbs/15a_dalle2.ipynb #dbd6d8d3
 @lru_cache(2)
 def nothing_said(
     name: str,  # of a world
@@ -90,6 +91,7 @@ def told(
     "A caption as Karlo's decoder calls it"
     return dict(txt_feat=text['text_emb'], txt_feat_seq=text['text_enc'], mask=text['mask'])
 
+# %% ../nbs/15a_dalle2.ipynb #8754d285
 @lru_cache(4)
 def pairs(
     name: str,       # of a world
@@ -225,7 +227,7 @@ def denoiser(self: DallE2,
     if scale == 1: return d
     return d.guided(raw=classifier_free(scale, y=self.decoder.cf_param.detach(), **told(nothing_said(self.world.name))))
 
-# %% ../nbs/15a_dalle2.ipynb #32017a0b
+# %% ../nbs/15a_dalle2.ipynb #a1abdd24
 @patch
 @torch.no_grad()
 def decode(self: DallE2,
@@ -243,6 +245,7 @@ def decode(self: DallE2,
     for x in ddim(d, d.schedule.respaced(steps), x, gen, eta=eta, **self.conditions(z, captions)): pass
     return x.clamp(-1, 1)
 
+# %% ../nbs/15a_dalle2.ipynb #06daa014
 @patch
 def imagine(self: DallE2,
     captions: Sequence[str],  # B of them
@@ -256,13 +259,8 @@ def imagine(self: DallE2,
     z = self.embed(captions, seed, prior, prior_scale)
     return self.decode(z, captions if say else None, seed, **how)
 
-# %% ../nbs/15a_dalle2.ipynb #4f6f97e6
-ASKED = dict(shapes=('a large red circle', 'a small blue square at night', 'a large green triangle', 'a small yellow cross',
-                     'a small red circle left of a large blue square', 'a large cyan cross above a small orange circle',
-                     'a large purple diamond at night', 'a small green diamond right of a large yellow circle at night'),
-             emoji=('a red apple, noto style', 'a grinning face, twemoji style', 'a red heart, fluent style',
-                    'a star, noto style', 'a dog face, fluent style', 'a tree, twemoji style', 'a blue circle, noto style',
-                    'a flag, twemoji style'))
+# %% ../nbs/15a_dalle2.ipynb #123c0fc6
+ASKED = dict(shapes=scenes_asked, emoji=emoji_asked)   # the captions of chapter 07a
 
 def _sampler(name):
     "A recipe's sampler: the whole system around a decoder; a prompt n times, or the world's own captions in turn"
@@ -272,7 +270,7 @@ def _sampler(name):
         return system.imagine(captions, seed, 'none' if system.prior is None else 'diffusion', steps=steps, scale=scale)
     return draw
 
-# %% ../nbs/15a_dalle2.ipynb #f2b232ab
+# %% ../nbs/15a_dalle2.ipynb #a28a6f2a
 @torch.no_grad()
 def evaluate_prior(
     name: str,       # of a world
@@ -288,6 +286,7 @@ def evaluate_prior(
     right = lambda v: round(float(((v @ text['text_emb'].T).argmax(1) == torch.arange(len(v))).float().mean()), 4)
     return dict(cosine=cosine(found), cosine_caption=cosine(text['text_emb']), found=right(found), found_true=right(z))
 
+# %% ../nbs/15a_dalle2.ipynb #a6f42a72
 def evaluate_system(
     system: DallE2,            # of shapes
     n: int = 100,              # held-out captions of each kind
@@ -321,10 +320,11 @@ def _prior_recipe(name, steps):
 
 unclip_prior_shapes, unclip_prior_emoji = _prior_recipe('shapes', 1200), _prior_recipe('emoji', 1000)
 
-# %% ../nbs/15a_dalle2.ipynb #855ba36d
+# %% ../nbs/15a_dalle2.ipynb #52971ae5
 unclip_ar_prior_shapes = register(Recipe(
-    'unclip_ar_prior_shapes', 'autoregressive prior of shapes: caption → 24 buckets on principal axes, 0.2 M parameters',
-    data=lambda level: vectors('shapes', _sizes[level], whiten=False), model=lambda: small_writer('shapes'), loss=loss_ar,
+    'unclip_ar_prior_shapes', 'autoregressive prior of shapes: caption → buckets on 24 axes, 0.2 M parameters',
+    data=lambda level: vectors('shapes', _sizes[level], whiten=False), model=lambda: small_writer('shapes'),
+    loss=loss_ar,
     settings=dict(smoke=dict(steps=25, batch_size=32, lr=3e-3, warmup=5, ema=.9),
                   laptop=dict(steps=1500, batch_size=64, lr=3e-3, ema=.998),
                   gpu=dict(steps=20_000, batch_size=256, lr=1e-3, warmup=500, ema=.9995)),
@@ -334,7 +334,7 @@ def _decoder_recipe(name, steps):
     "The decoder of a world"
     measure = lambda model: evaluate_system(replace(dalle2(name), decoder=model), 100, 'none')
     return register(Recipe(
-        f'unclip_decoder_{name}', f'unCLIP decoder of {name}: CLIP image embedding and caption → 32×32, 0.5 M parameters',
+        f'unclip_decoder_{name}', f'unCLIP decoder of {name}: CLIP embedding and caption → 32×32, 0.5 M parameters',
         data=lambda level: painted(name, _sizes[level]), model=lambda: small_decoder(name),
         loss=loss_decoder(decoder_denoiser(None), lambda: told(nothing_said(name))),
         settings=dict(smoke=dict(steps=25, batch_size=16, lr=3e-3, warmup=5, ema=.9),
@@ -344,7 +344,7 @@ def _decoder_recipe(name, steps):
 
 unclip_decoder_shapes, unclip_decoder_emoji = _decoder_recipe('shapes', 4000), _decoder_recipe('emoji', 2500)
 
-# %% ../nbs/15a_dalle2.ipynb #06edf0b8
+# %% ../nbs/15a_dalle2.ipynb #d686b4c9
 def softened(
     x: Tensor,  # pictures, (B, C, H, W)
 ) -> Tensor:    # the same, a little softer
@@ -368,9 +368,10 @@ def loss_up(
     side = batch['x'].shape[-1] // 2
     i, j = (2 * int(v) for v in draws.integers(side // 2 + 1, 2))
     x = batch['x'][..., i:i + side, j:j + side]
-    return loss_simple(up_denoiser(None), cond=('low_res',))(model, dict(x=x, low_res=F.avg_pool2d(softened(x), 2)), draws)
+    small = F.avg_pool2d(softened(x), 2)
+    return loss_simple(up_denoiser(None), cond=('low_res',))(model, dict(x=x, low_res=small), draws)
 
-# %% ../nbs/15a_dalle2.ipynb #011a9124
+# %% ../nbs/15a_dalle2.ipynb #515335c4
 def enlarge_by(
     model: nn.Module,  # `unclip_up_emoji`'s network
     low_res: Tensor,   # small pictures in [-1, 1], (B, 3, h, h)
@@ -379,7 +380,8 @@ def enlarge_by(
 ) -> Tensor:           # (B, 3, 2h, 2h) in [-1, 1]
     "Twice the side, by diffusion"
     d, size = up_denoiser(model), 2 * low_res.shape[-1]
-    return sample(d, (len(low_res), 3, size, size), d.schedule.respaced(steps), seed, ddim, low_res=low_res).clamp(-1, 1)
+    path = d.schedule.respaced(steps)
+    return sample(d, (len(low_res), 3, size, size), path, seed, ddim, low_res=low_res).clamp(-1, 1)
 
 unclip_up_emoji = register(Recipe(
     'unclip_up_emoji', 'unCLIP upsampler of emoji: 32×32 → 64×64, no attention, 0.1 M parameters',
@@ -392,8 +394,8 @@ unclip_up_emoji = register(Recipe(
                   gpu=dict(steps=20_000, batch_size=256, lr=1e-3)),
     reconstruct=lambda model, x: enlarge_by(model, F.avg_pool2d(x, 2))))
 
-# %% ../nbs/15a_dalle2.ipynb #b999e7f5
-SHARES = {f'unclip_{name}': f'unclip_decoder_{name}' for name in ('shapes', 'emoji')}  # the whole → whose weights it loads
+# %% ../nbs/15a_dalle2.ipynb #afa6d746
+SHARES = {f'unclip_{name}': f'unclip_decoder_{name}' for name in ('shapes', 'emoji')}  # the whole → whose weights
 for _name, _decoder in SHARES.items():
     register(replace(find_recipe(_decoder), name=_name, about=f'DALL·E 2 of {_name[7:]}: prior, then {_decoder}'))
 

@@ -77,7 +77,7 @@ class PriorTransformer(nn.Module):
         self.positional_embedding = nn.Parameter(.01 * torch.randn(1, text_ctx + 4, C))
         self.prd_emb = nn.Parameter(.01 * torch.randn(1, 1, C))
 
-# %% ../nbs/15_unclip.ipynb #c0684894
+# %% ../nbs/15_unclip.ipynb #bf506760
 @patch
 def forward(
     self: PriorTransformer,
@@ -89,7 +89,7 @@ def forward(
 ) -> Tensor:            # clean image embeddings, (B, D)
     "@eq-unclip-sequence: the answer is read at the last position"
     require(text_enc.shape[1] == self.text_ctx == mask.shape[1],
-            f'captions must have {self.text_ctx} positions, got {text_enc.shape[1]} words and a mask of {mask.shape[1]}')
+            f'captions must have {self.text_ctx} positions, got {text_enc.shape[1]} words, a mask of {mask.shape[1]}')
     time = self.time_embed(timestep_embedding(timesteps, self.width).to(x.dtype))
     single = torch.stack([self.text_emb_proj(text_emb), time, self.clip_img_proj(x)], 1)
     ask = self.prd_emb.to(x.dtype).expand(len(x), -1, -1)
@@ -169,7 +169,7 @@ class Buckets(nn.Module):
         "The embedding with these first coordinates, and the mean in all others"
         return self.mean + scores @ self.axes[:scores.shape[1]]
 
-# %% ../nbs/15_unclip.ipynb #00dfb570
+# %% ../nbs/15_unclip.ipynb #c5106c2d
 @patch
 def fit(self: Buckets,
     z: Tensor,    # embeddings to learn from, (N, D)
@@ -187,6 +187,7 @@ def fit(self: Buckets,
     self.edges.copy_(torch.stack([(a[-1] + b[0]) / 2 for a, b in zip(parts, parts[1:])], 1))
     return self
 
+# %% ../nbs/15_unclip.ipynb #6b08fa86
 @patch
 def encode(self: Buckets,
     z: Tensor,  # embeddings, (N, D)
@@ -228,7 +229,7 @@ class ARPrior(nn.Module):
         "The dot product as a word"
         return self.words + torch.searchsorted(self.edges, (z * text_emb).sum(1).contiguous())[:, None]
 
-# %% ../nbs/15_unclip.ipynb #965225d3
+# %% ../nbs/15_unclip.ipynb #617e3f93
 @patch
 def fit(self: ARPrior,
     z: Tensor,         # image embeddings of length 1, (N, D)
@@ -240,6 +241,7 @@ def fit(self: ARPrior,
     self.edges.copy_(dots.quantile(torch.arange(1, n) / n))
     return self
 
+# %% ../nbs/15_unclip.ipynb #dea8160c
 @patch
 def prompt(self: ARPrior,
     text_emb: Tensor,  # (B, D)
@@ -269,7 +271,7 @@ def loss_ar(
     tokens = torch.cat([model.match(batch['x'], batch['text_emb']), codes[:, :-1]], 1)
     return token_loss(model(tokens, **text), codes)
 
-# %% ../nbs/15_unclip.ipynb #1145168a
+# %% ../nbs/15_unclip.ipynb #301281ba
 def guided_logits(
     model: ARPrior,  # trained with dropped captions
     null: Tensor,    # the prompt of the empty caption, (1, L + 1, width)
@@ -282,6 +284,7 @@ def guided_logits(
     logits.block_size = model.net.block_size
     return logits
 
+# %% ../nbs/15_unclip.ipynb #202bb3e9
 @torch.no_grad()
 def draw_ar(
     model: ARPrior,   # in eval mode
@@ -300,7 +303,7 @@ def draw_ar(
                      cache=False, **dials)
     return model.buckets.decode(codes)
 
-# %% ../nbs/15_unclip.ipynb #ad92798c
+# %% ../nbs/15_unclip.ipynb #d826d850
 class UnCLIPDecoder(UNetModel):
     "ADM's U-Net told an image embedding and a caption: Karlo's decoder, by its names"
     def __init__(self,
@@ -313,23 +316,27 @@ class UnCLIPDecoder(UNetModel):
     ):
         super().__init__(**config | dict(encoder_channels=xf_width))
         self.text_ctx, self.tokens = text_ctx, clip_emb_mult
-        self.clip_emb, self.text_feat_proj = nn.Linear(clip_dim, self.emb_channels), nn.Linear(clip_dim, self.emb_channels)
+        self.clip_emb, self.text_feat_proj = (nn.Linear(clip_dim, self.emb_channels) for _ in range(2))
         self.text_seq_proj = nn.Sequential(nn.Linear(text_dim or clip_dim, xf_width), nn.LayerNorm(xf_width))
         self.clip_tok_proj = nn.Linear(clip_dim, clip_emb_mult * xf_width)
         self.cf_param = nn.Parameter(torch.zeros(clip_dim))
 
-    def forward(self,
-        x: Tensor,             # noisy pictures, (B, C, H, W)
-        timesteps: Tensor,     # (B,)
-        y: Tensor,             # image embeddings, (B, D)
-        txt_feat: Tensor,      # embeddings of the captions, (B, D)
-        txt_feat_seq: Tensor,  # their encoded words, (B, L, text_dim)
-        mask: Tensor,          # True where there is a word, (B, L)
-    ) -> Tensor:               # (B, out_channels, H, W)
-        "The embedding goes into the time's vector and in front of the words"
-        tokens = self.clip_tok_proj(y).unflatten(1, (-1, self.tokens)).mT
-        context = torch.cat([tokens, self.text_seq_proj(txt_feat_seq)], 1), F.pad(mask, (self.tokens, 0), value=True)
-        return super().forward(x, timesteps, context=context, extra=self.clip_emb(y) + self.text_feat_proj(txt_feat))
+# %% ../nbs/15_unclip.ipynb #de0c4ed1
+@patch
+def forward(
+    self: UnCLIPDecoder,
+    x: Tensor,             # noisy pictures, (B, C, H, W)
+    timesteps: Tensor,     # (B,)
+    y: Tensor,             # image embeddings, (B, D)
+    txt_feat: Tensor,      # embeddings of the captions, (B, D)
+    txt_feat_seq: Tensor,  # their encoded words, (B, L, text_dim)
+    mask: Tensor,          # True where there is a word, (B, L)
+) -> Tensor:               # (B, out_channels, H, W)
+    "The embedding goes into the time's vector and in front of the words"
+    tokens = self.clip_tok_proj(y).unflatten(1, (-1, self.tokens)).mT
+    context = torch.cat([tokens, self.text_seq_proj(txt_feat_seq)], 1), F.pad(mask, (self.tokens, 0), value=True)
+    extra = self.clip_emb(y) + self.text_feat_proj(txt_feat)
+    return UNetModel.forward(self, x, timesteps, context=context, extra=extra)
 
 # %% ../nbs/15_unclip.ipynb #8ad8d227
 def loss_decoder(
