@@ -82,16 +82,17 @@ class Text2ImUNet(UNetModel):
 def encode_text(self: Text2ImUNet,
     tokens: Tensor,  # symbols, (B, text_ctx), integers
     mask: Tensor,    # True where a position holds a symbol of the caption, (B, text_ctx)
-) -> tuple:          # what is added to the time's vector, (B, 4·model_channels); what is attended to, (B, text_ctx, xf_width)
+) -> tuple:          # what is added to the time's vector, (B, 4·model_channels); (B, text_ctx, xf_width), attended to
     "Read captions: the last position speaks to every residual block, all positions to every attention layer"
     n = len(self.positional_embedding)
     require(tokens.ndim == 2 and tokens.shape == mask.shape and tokens.shape[1] == n,
-            f'tokens and mask must both be (B, {n}), got {tuple(tokens.shape)} and {tuple(mask.shape)}: see glide_tokens')
+            f'tokens and mask must both be (B, {n}), see glide_tokens; got {tuple(tokens.shape)}, {tuple(mask.shape)}')
     x = self.token_embedding(tokens) + self.positional_embedding
     if self.padding_embedding is not None: x = torch.where(mask.bool()[..., None], x, self.padding_embedding)
     words = self.final_ln(self.transformer(x))
     return self.transformer_proj(words[:, -1]), words
 
+# %% ../nbs/14_glide.ipynb #838b2249
 @patch(as_prop=True)
 def pad(self: Text2ImUNet) -> int:
     "Number of the padding symbol, the last of the vocabulary"
@@ -109,9 +110,9 @@ def forward(self: Text2ImUNet,
     last, words = self.encode_text(tokens, mask)
     return UNetModel.forward(self, x, timesteps, context=words, extra=last if extra is None else last + extra)
 
-# %% ../nbs/14_glide.ipynb #f5214625
+# %% ../nbs/14_glide.ipynb #36642937
 class SuperResText2ImUNet(SuperResModel, Text2ImUNet):
-    "The same with a small version of the picture beside the noisy one: forward(x, timesteps, low_res, tokens=…, mask=…)"
+    "The same with a small version of the picture beside the noisy one: forward(x, t, low_res, tokens=…, mask=…)"
 
 def beside(
     x: Tensor,             # noisy pictures, (B, C, H, W)
@@ -119,9 +120,10 @@ def beside(
     mask: Tensor | None,   # 1 where a pixel is known, 0 where it is to be invented, (B, 1, H, W)
 ) -> Tensor:               # (B, 2C + 1, H, W)
     "A noisy picture, the known pixels and the mask, in this order"
-    image, mask = (torch.zeros_like(x) if image is None else image), (torch.zeros_like(x[:, :1]) if mask is None else mask)
-    require(image.shape == x.shape and mask.shape == x[:, :1].shape, f'for pictures {tuple(x.shape)} the inpaint_image '
-            f'must be as large and the inpaint_mask {tuple(x[:, :1].shape)}, got {tuple(image.shape)}, {tuple(mask.shape)}')
+    image = torch.zeros_like(x) if image is None else image
+    mask = torch.zeros_like(x[:, :1]) if mask is None else mask
+    require(image.shape == x.shape and mask.shape == x[:, :1].shape, f'inpaint_image must be {tuple(x.shape)}, '
+            f'inpaint_mask {tuple(x[:, :1].shape)}; got {tuple(image.shape)} and {tuple(mask.shape)}')
     mask = mask.to(x.dtype)
     return torch.cat([x, image * mask, mask], 1)
 
@@ -194,7 +196,7 @@ def from_official(
     model = from_glide_flags(schema['config'], schema['n_vocab'], device)
     differences = layout_differences(model, schema['state_dict'])
     require(not differences, f'the network built for {name} does not have its layout. {differences}')
-    schedule = {'squaredcos_cap_v2': 'cosine'}.get(schema['config']['noise_schedule'], schema['config']['noise_schedule'])
+    schedule = schema['config']['noise_schedule'].replace('squaredcos_cap_v2', 'cosine')
     model.official, model.flags = name, schema['config'] | dict(noise_schedule=schedule, learn_sigma=True)
     return model
 
@@ -272,6 +274,7 @@ class Watched:
 
     def __iter__(self): return (self.path[i] for i in progress_of(range(len(self.path)), [], self.show))
 
+# %% ../nbs/14_glide.ipynb #6b5d3c60
 def text_to_image(
     model: Text2ImUNet,             # trained
     bpe: BPE,                       # reads the captions
@@ -310,6 +313,7 @@ def told_scenes(
     keep = [i for i, c in enumerate(captions) if not held_out(c)]
     return images[keep], [captions[i] for i in keep]
 
+# %% ../nbs/14_glide.ipynb #070b179d
 @lru_cache(8)
 def unseen_captions(
     n: int,          # how many
@@ -342,6 +346,7 @@ def scene_hits(
     found = [matches(c, s) for c, s in zip(captions, parse_many(pictures.cpu()))]
     return {k: [f[k] for f in found if f[k] is not None] for k in found[0] if any(f[k] is not None for f in found)}
 
+# %% ../nbs/14_glide.ipynb #d16a88a9
 @torch.no_grad()
 def evaluate_scenes(
     model: Text2ImUNet,   # trained on scenes
@@ -354,7 +359,7 @@ def evaluate_scenes(
     for name, things in (('one', 1), ('two', 2)):
         captions = unseen_captions(n, things)
         hits = scene_hits(captions, text_to_image(model, shapes_bpe(), captions, seed, **how))
-        keep = ('shapes', 'colours', 'sizes', 'binding', 'background', 'count') + (('relation',) if things == 2 else ()) + ('all',)
+        keep = [k for k in hits if k != 'scene']
         out |= {f'{name}_{k}': share_interval(hits[k])[0] for k in keep}
         out |= {f'{name}_{k}_95': [round(v, 4) for v in share_interval(hits[k])[1:]] for k in ('binding', 'all')}
     return out | {'n': n}
@@ -369,10 +374,12 @@ def text_sampler(
 ) -> Callable:               # (model, n, seed, steps, scale, prompt) → pictures in [-1, 1]
     "A recipe's sampler: a prompt n times, or the recipe's own captions in turn"
     def draw(model, n, seed=0, steps=steps, scale=scale, prompt=None):
-        captions = [prompt or asked[i % len(asked)] for i in range(n)] if prompt is None or isinstance(prompt, str) else prompt
+        words = asked if prompt is None else [prompt] if isinstance(prompt, str) else prompt
+        captions = [words[i % len(words)] for i in range(n)]
         return text_to_image(model, bpe(), captions, seed, scale, steps, denoiser, show=sys.stdout.isatty())
     return draw
 
+# %% ../nbs/14_glide.ipynb #e0954937
 _small = dict(patch=2, image_size=32, in_channels=3, out_channels=3, num_res_blocks=1, num_head_channels=32,
               use_scale_shift_norm=True, conv_resample=False, groups=8)
 
@@ -419,6 +426,7 @@ def clip_guidance(
     if form == 'mean': guide.moves = 'mean'
     return guide
 
+# %% ../nbs/14_glide.ipynb #7c0b7ff5
 def clean_gradient(
     clip: nn.Module,  # a CLIP that never saw noise
 ) -> Callable:        # for `clip_guidance`
@@ -430,15 +438,17 @@ def clean_gradient(
             return scale * torch.autograd.grad(fit, x)[0].detach()
     return gradient
 
-# %% ../nbs/14_glide.ipynb #ec9de616
+# %% ../nbs/14_glide.ipynb #26364490
 EMOJI_ASKED = (
-    'a red heart, noto style', 'a green heart, twemoji style', 'a grinning face, noto style', 'a winking face, fluent style',
-    'a crying face, noto style', 'a smiling face with sunglasses, fluent style', 'a cat face, noto style',
-    'a panda, noto style', 'a pig face, fluent style', 'a fox, twemoji style', 'a banana, noto style', 'a red apple, noto style',
-    'a strawberry, fluent style', 'a bus, noto style',                                          # trained on
+    'a red heart, noto style', 'a green heart, twemoji style', 'a grinning face, noto style',
+    'a winking face, fluent style', 'a crying face, noto style', 'a smiling face with sunglasses, fluent style',
+    'a cat face, noto style',
+    'a panda, noto style', 'a pig face, fluent style', 'a fox, twemoji style', 'a banana, noto style',
+    'a red apple, noto style',    'a strawberry, fluent style', 'a bus, noto style',                                          # trained on
     'a red heart, twemoji style', 'a cat face, fluent style', 'a dog, noto style', 'a strawberry, twemoji style',
     'a minibus, twemoji style', 'a nerd face, twemoji style')                                   # held out
 
+# %% ../nbs/14_glide.ipynb #eb4432b4
 def glide_emoji_denoiser(
     net: Callable,  # `glide_emoji`'s network
 ) -> Denoiser:
@@ -469,6 +479,7 @@ def kinds_read(
     t = torch.zeros(len(pictures), dtype=torch.long)
     return torch.cat([net(x, k).argmax(1) for x, k in zip(pictures.cpu().split(64), t.split(64))])
 
+# %% ../nbs/14_glide.ipynb #805e56b5
 @torch.no_grad()
 def evaluate_emoji(
     model: Text2ImUNet,   # `glide_emoji`'s network
@@ -489,6 +500,7 @@ def evaluate_emoji(
             out[f'{name}_style{what}'] = float((said % 3 == chosen.labels % 3).double().mean())
     return out | {'n': n}
 
+# %% ../nbs/14_glide.ipynb #aa74ebd1
 glide_emoji = register(Recipe(
     'glide_emoji', 'GLIDE of emoji by name and style, 32×32, 2.5 M parameters, predicts x0',
     data=emoji_told, model=emoji_net, loss=loss_glide(glide_emoji_denoiser(None)),
