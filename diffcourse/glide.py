@@ -442,9 +442,9 @@ def clean_gradient(
 EMOJI_ASKED = (
     'a red heart, noto style', 'a green heart, twemoji style', 'a grinning face, noto style',
     'a winking face, fluent style', 'a crying face, noto style', 'a smiling face with sunglasses, fluent style',
-    'a cat face, noto style',
-    'a panda, noto style', 'a pig face, fluent style', 'a fox, twemoji style', 'a banana, noto style',
-    'a red apple, noto style',    'a strawberry, fluent style', 'a bus, noto style',                                          # trained on
+    'a cat face, noto style', 'a panda, noto style', 'a pig face, fluent style', 'a fox, twemoji style',
+    'a banana, noto style', 'a red apple, noto style', 'a strawberry, fluent style',
+    'a bus, noto style',                                                                         # trained on
     'a red heart, twemoji style', 'a cat face, fluent style', 'a dog, noto style', 'a strawberry, twemoji style',
     'a minibus, twemoji style', 'a nerd face, twemoji style')                                   # held out
 
