@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffcourse import (adm, cfg, ddim, ddpm, dvae, edit, glide, iddpm, inception, layers, metrics, openai_unet, priors, scores, train, unet, vqvae,
+from diffcourse import (adm, cfg, clip, ddim, ddpm, dvae, edit, glide, iddpm, inception, layers, metrics, openai_unet, priors, scores, train, unet, vqvae,
                         vqvae2)
 from diffcourse.core import CourseError, require
 
@@ -863,6 +863,59 @@ def dalle_dvae(g):
                x_rec=dvae.unmap_pixels(stats[:, :model.channels].sigmoid()), x_stats_from_softmax=model.decoder(logits.softmax(1)))
     if 'unmap_test' in i: out['unmap_test'] = dvae.unmap_pixels(i['unmap_test'])
     return out
+
+
+@family('clip_tokenizer')
+def clip_tokenizer(g):
+    "Numbers of the words in the json, against an output that holds nothing else; needs CLIP's vocabulary"
+    bpe = clip.clip_bpe()
+    require(g.config == dict(vocab=len(bpe), sot=bpe.ids[clip.CLIP_SPECIALS[0]], eot=bpe.ids[clip.CLIP_SPECIALS[1]]), 'size')
+    for text, ids in g.info['tokens'].items(): require(bpe.encode(text) == ids, f'{text!r} becomes {bpe.encode(text)}')
+    return {name: v for name, v in g.outputs.items()}
+
+
+@family('openai_clip_vit', 'openai_clip_resnet', 'openclip_tiny', 'full__clip_*')
+def clip_towers(g):
+    "Embeddings, logits, losses and two gradients; full-size pictures follow from their description"
+    config, i = g.config, dict(g.inputs)
+    model = clip.CLIP(**(clip.open_clip_flags(config) if 'text_cfg' in config else config)).eval()
+    layers.load_strict(model, g.weights() | {k: v for k, v in model.state_dict().items() if 'num_batches' in k})
+    if 'salt' in g.info: model.logit_scale.data.fill_(math.log(100))
+    if 'image_check_stride32' in i:
+        i['image'] = torch.from_numpy((np.random.RandomState(9).random_sample((2, 3, 224, 224)) * 4 - 2).astype(np.float32))
+        torch.testing.assert_close(i['image'][:, :, ::32, ::32], i['image_check_stride32'])
+    tokens = i.get('text', i.get('tokens'))
+    if tokens is None: return dict(image_features=model.encode_image(i['image']))
+    with torch.enable_grad():
+        image, text = model.encode_image(i['image']), model.encode_text(tokens)
+        loss = clip.contrastive_loss(image, text, clip.scale_of(model))
+        loss.backward()
+    logits = model(i['image'], tokens)
+    return dict(image_features=image, text_features=text, logits_per_image=logits[0], logits_per_text=logits[1],
+                contrastive_loss=loss, clip_contrastive_loss=loss, open_clip_ClipLoss=loss,
+                grad_logit_scale=model.logit_scale.grad, grad_text_projection=model.text_projection.grad,
+                image_features_normalized=model.encode_image(i['image'], normalize=True),
+                text_features_normalized=model.encode_text(tokens, normalize=True),
+                last=model.text_states(tokens), penultimate=model.text_states(tokens, 1))
+
+
+@family('full__openclip_*_text', 'full__sd-v1_clip_text')
+def clip_text(g):
+    "What Stable Diffusion reads: the states of CLIP's text tower"
+    name = Path(g.info['keys_file']).stem.replace('__', '/')
+    model = layers.load_strict(clip.from_official(name), g.weights()).eval()
+    if isinstance(model, clip.CLIPTextModel): return dict(last_hidden_state=model(g.inputs['input_ids']))
+    return dict(last=model.text_states(g.inputs['tokens']), penultimate=model.text_states(g.inputs['tokens'], 1))
+
+
+@family('glide_noised_clip')
+def glide_noised_clip(g):
+    "Both towers and the gradient that guides"
+    i, c = g.inputs, g.config
+    model = layers.load_strict(clip.NoisedCLIP(c['text'], c['image'], c['logit_scale']), g.weights()).eval()
+    text = model.encode_text(i['tokens'], i['lens'])
+    return dict(text_embeddings=text, image_embeddings=model.encode_image(i['x'], i['t']),
+                cond_fn_grad=model.gradient(i['x'], i['t'], text, c['grad_scale']))
 
 
 # ------------------------------------------------------------------------------------------------------------ comparison
