@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'weights_app', 'OptBudget', 'OptDevice', 'OptWeights', 'OptSeed', 'OptNumber', 'train', 'save_grid',
-           'save_bytes', 'sample', 'reconstruct', 'vary', 'interpolate', 'metrics', 'data_get', 'data_verify',
-           'weights_list', 'weights_verify', 'notebooks', 'doctor', 'demo', 'main']
+           'save_bytes', 'sample', 'reconstruct', 'vary', 'interpolate', 'inpaint', 'metrics', 'data_get',
+           'data_verify', 'weights_list', 'weights_verify', 'notebooks', 'doctor', 'demo', 'main']
 
 # %% ../nbs/18a_cli.ipynb #3aa9077e
 import importlib, os, shutil, sys, tempfile, time
@@ -104,8 +104,8 @@ def sample(
     recipe: _argument(str, 'A recipe that generates: vae_fashion, ddpm_fashion, …'),
     n: OptNumber = 16,
     out: _option(Path, help='A PNG file, or an .npz of bytes for `metrics`.') = Path('samples.png'),
-    scale: _option(Optional[float], help='Guidance scale s of cfg_…: 1 none, more goes further.') = None,
-    prompt: _option(Optional[str], help='A caption, for recipes that read one: unclip_emoji, unclip_shapes, …') = None,
+    scale: _option(Optional[float], help='Guidance scale s of cfg_…, glide_…: 1 none, more goes further.') = None,
+    prompt: _option(Optional[str], help='What to draw, for glide_… and unclip_…: "a red heart, noto style".') = None,
     weights: OptWeights = None, seed: OptSeed = 0, device: OptDevice = None,
 ):
     "Draw new pictures from a trained network (its EMA weights) into one PNG, or an .npz."
@@ -179,6 +179,31 @@ def interpolate(
 ):
     "The way from one picture to another, along CLIP's sphere."
     save_grid(_system(world).interpolate(*_pictures(a, b), n), out, n)
+
+# %% ../nbs/18a_cli.ipynb #4348a22a
+@app.command()
+def inpaint(
+    recipe: _argument(str, 'A recipe that inpaints: glide_inpaint_shapes, glide_shapes, glide_emoji.'),
+    picture: _argument(Path, 'A picture; it is scaled to the size of the network.'),
+    box: _option(str, help='left,top,right,bottom in pixels of the network: what is to be invented.') = ...,
+    prompt: _option(str, help='What the whole picture shall show.') = ...,
+    n: OptNumber = 4,
+    out: _option(Path, help='A PNG file: the picture with its hole, then proposals.') = Path('inpainted.png'),
+    scale: _option(float, help='Guidance scale s.') = 3.,
+    weights: OptWeights = None, seed: OptSeed = 0, device: OptDevice = None,
+):
+    "Cover a box of a picture and draw it anew from a sentence."
+    import torch
+    from diffcourse import edit, zoo
+    from diffcourse.core import default_device, require, to_float
+    from diffcourse.data import read_picture
+    require(n > 0, f'-n must be at least 1, got {n}')
+    require(all(v.strip().isdigit() for v in box.split(',')), f'--box takes four numbers, such as 16,0,32,32; got {box}')
+    model, corners = zoo.load(recipe, weights, default_device(device)), [int(v) for v in box.split(',')]
+    size = model.config.image_size
+    image = to_float(torch.from_numpy(read_picture(picture, size, 3).copy()))[None]
+    made = edit.edit_picture(recipe, model, image, corners, prompt, n, seed, scale=scale, show=sys.stdout.isatty())
+    save_grid(torch.cat([image * edit.box_mask(corners, size), made.cpu()]), out, n + 1)
 
 # %% ../nbs/18a_cli.ipynb #17e00003
 def _number(v): return None if isinstance(v, float) and v != v else v

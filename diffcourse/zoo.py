@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 # %% ../nbs/18_zoo.ipynb #f8492682
-from . import (adm, ae, cfg, clip, dalle, dalle2, ddim, ddpm, dvae, extractors, glide, iddpm, metrics, priors,
-                        vae, vqvae, vqvae2)  # importing registers
+from . import (adm, ae, cfg, clip, dalle, dalle2, ddim, ddpm, dvae, edit, extractors, glide, iddpm,
+                        metrics, priors, vae, vqvae, vqvae2)  # importing registers
 from .core import CourseError, Table, atomic_write, budget, default_device, image_grid, require, to_float
 from .data import ImageSet, fashion_mnist
 from .train import RECIPES, Recipe, find_recipe, train_recipe
@@ -71,7 +71,7 @@ def sample(
     weights: str | Path | None = None,  # default: the shipped ones
     device: torch.device | None = None, # default: the best present
     scale: float | None = None,         # of guidance, for the recipes that have one; default: the recipe's
-    prompt: str | None = None,          # a caption, for the recipes that read one; default: the recipe's own
+    prompt: str | None = None,          # what to draw, for the recipes that read; default: the recipe's own captions
 ) -> Tensor:                            # (n, C, H, W) in [-1, 1], on the CPU
     "New pictures from a recipe's trained network"
     recipe = find_recipe(name)
@@ -79,9 +79,10 @@ def sample(
     can = ', '.join(sorted(k for k, r in RECIPES.items() if r.sample))
     require(recipe.sample is not None, f'{name} does not generate; these do: {can}')
     how = {k: v for k, v in dict(scale=scale, prompt=prompt).items() if v is not None}
-    for k, what in (('scale', 'has no guidance scale; these have'), ('prompt', 'reads no captions; these do')):
-        able = [m for m, r in sorted(RECIPES.items()) if r.sample and k in inspect.signature(r.sample).parameters]
-        require(k not in how or name in able, f'{name} {what}: {", ".join(able)}')
+    for k in how:
+        able = [n for n, r in sorted(RECIPES.items()) if r.sample and k in inspect.signature(r.sample).parameters]
+        what = {'scale': 'has no guidance scale; these have', 'prompt': 'does not read; these do'}[k]
+        require(name in able, f'{name} {what}: {", ".join(able)}')
     return recipe.sample(load(name, weights, device), n, seed, **how).float().cpu()
 
 # %% ../nbs/18_zoo.ipynb #c2e0a9c2

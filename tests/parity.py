@@ -27,8 +27,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffcourse import (adm, cfg, clip, ddim, ddpm, dvae, glide, iddpm, inception, layers, metrics, openai_unet,
-                        priors, scores, train, unclip, unet, vqvae, vqvae2)
+from diffcourse import (adm, cfg, clip, ddim, ddpm, dvae, edit, glide, iddpm, inception, layers, metrics,
+                        openai_unet, priors, scores, train, unclip, unet, vqvae, vqvae2)
 from diffcourse.core import CourseError, require
 
 HERE = Path(__file__).resolve().parent
@@ -560,6 +560,12 @@ def glide_guided(g, model):
     return {'cfg/model_fn': model_fn(i['x'], i['timesteps']), 'cfg/timestep_map': path.table.t,
             'cfg/p_sample': next(ddpm.ancestral(official, [step], i['x'], noises=[i['step_noise']])),
             'cfg/pred_xstart': official.denoise(i['x'], step).x0}
+
+
+@family('glide_tokenizers')
+def glide_levels(g):
+    "The levels that the released samplers visit; the texts of this golden need vocabulary files"
+    return {'100': torch.tensor(iddpm.space_timesteps(1000, '100')), 'fast27': torch.tensor(edit.fast27())}
 
 
 @family('full__glide_*')
