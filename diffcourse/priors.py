@@ -152,11 +152,11 @@ class Block(nn.Module):
         require(act in ACTIVATIONS, f'act {act!r} is none of {", ".join(ACTIVATIONS)}')
         require(width % heads == 0, f'{heads} heads do not divide a width of {width}')
         self.heads, self.names, self.act, self.dropout = heads, LAYOUTS[layout], ACTIVATIONS[act], dropout
-        n = self.names
+        n, inner = self.names, int(ratio * width)
         for norm in n.norms: _put(self, norm, ShortNorm(width) if n.short else nn.LayerNorm(width))
         for i, name in enumerate(n.qkv):
-            _linear(self, f'{n.attn}.{name}', width, 3 * width // len(n.qkv), bias and not (n.short and i == 1), n.short)
-        inner = int(ratio * width)
+            with_bias = bias and not (n.short and i == 1)
+            _linear(self, f'{n.attn}.{name}', width, 3 * width // len(n.qkv), with_bias, n.short)
         for name, a, b in ((f'{n.attn}.{n.out}', width, width), (n.mlp[0], width, inner), (n.mlp[1], inner, width)):
             _linear(self, name, a, b, bias, n.short)
         self.parts = tuple(map(self.get_submodule, (*n.norms, f'{n.attn}.{n.out}', *n.mlp)))
