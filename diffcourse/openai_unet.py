@@ -546,7 +546,8 @@ def which_release(
     if not found:
         families = ' or '.join(sorted({n.split('/')[0] for n in names}, reverse=True))
         best, differences = _nearest(state, names)
-        require(False, f'{where or "the state dict"} is no released model of {families}. Nearest is {best}; {differences}')
+        require(False, f'{where or "the state dict"} is no released model of {families}. '
+                f'Nearest is {best}; {differences}')
     return next((n for n in found if n.split('/')[1] == Path(where).stem), found[0])
 
 def load_official(
