@@ -316,16 +316,25 @@ class CLIP(TextTower):
         self.visual = image_tower(embed_dim, image_resolution, vision_layers, vision_width, vision_patch_size, act,
                                   vision_heads, vision_ratio)
 
-# %% ../nbs/13_clip.ipynb #e6ca703d
-def image_tower(embed_dim, image_resolution, vision_layers, vision_width, vision_patch_size, act='quick_gelu',
-                vision_heads=None, vision_ratio=4) -> nn.Module:
-    "A `VisionTransformer`, or a `ModifiedResNet` where the layers come as four numbers; arguments as in `CLIP`"
+# %% ../nbs/13_clip.ipynb #1160e670
+def image_tower(
+    embed_dim: int,                      # arguments as in `CLIP`
+    image_resolution: int,               # likewise
+    vision_layers: int | Sequence[int],  # a number: a `VisionTransformer`; four: a `ModifiedResNet`
+    vision_width: int,                   # likewise
+    vision_patch_size: int | None,       # likewise
+    act: str = 'quick_gelu',             # likewise
+    vision_heads: int | None = None,     # likewise
+    vision_ratio: float = 4,             # likewise
+) -> nn.Module:                          # pictures → (B, embed_dim)
+    "The picture half"
     if isinstance(vision_layers, int):
         return VisionTransformer(image_resolution, vision_patch_size, vision_width, vision_layers,
                                  vision_heads or vision_width // 64, embed_dim, act, vision_ratio)
     return ModifiedResNet(vision_layers, embed_dim, vision_heads or vision_width * 32 // 64, image_resolution,
                           vision_width)
 
+# %% ../nbs/13_clip.ipynb #5f31a2df
 @patch
 def encode_image(self: CLIP,
     image: Tensor,           # (B, 3, size, size), scaled as in training: `clip_pixels` for released weights
@@ -382,7 +391,7 @@ class CLIPTextModel(nn.Module):
                                          for _ in range(num_hidden_layers))
         m.final_layer_norm = nn.LayerNorm(hidden_size)
 
-# %% ../nbs/13_clip.ipynb #5f31a2df
+# %% ../nbs/13_clip.ipynb #9718e6e2
 @patch
 def forward(self: CLIPTextModel,
     tokens: Tensor,  # (B, L)
@@ -470,7 +479,7 @@ class ImageEncoder(nn.Module):
         for name, v in (('mean', MEANS), ('std', STDS)):
             self.register_buffer(name, 255 * torch.tensor(v).view(1, 3, 1, 1), persistent=False)
 
-# %% ../nbs/13_clip.ipynb #9718e6e2
+# %% ../nbs/13_clip.ipynb #247e153a
 @patch
 def forward(self: ImageEncoder,
     x: Tensor,                # pictures in 0 … 255, noised ones also beyond, (B, 3, size, size)
@@ -501,7 +510,7 @@ class NoisedCLIP(nn.Module):
         if learned: self.logit_scale = nn.Parameter(value)
         else: self.register_buffer('logit_scale', value, persistent=False)
 
-# %% ../nbs/13_clip.ipynb #247e153a
+# %% ../nbs/13_clip.ipynb #4a4f30d1
 @patch
 def encode_text(self: NoisedCLIP,
     tokens: Tensor,              # (B, L)
@@ -518,7 +527,7 @@ def encode_image(self: NoisedCLIP,
     "Embed noised pictures"
     return F.normalize(self.image_encoder((x + 1) * 127.5, t), dim=-1)
 
-# %% ../nbs/13_clip.ipynb #4a4f30d1
+# %% ../nbs/13_clip.ipynb #1c1a3796
 @patch
 def gradient(self: NoisedCLIP,
     x: Tensor,           # noised pictures, (B, 3, size, size)
