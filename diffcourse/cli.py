@@ -169,6 +169,7 @@ def vary(
     x = _pictures(image)
     save_grid(torch.cat([to_float(x), _system(world).vary(x, n, eta, seed)[0]]), out)
 
+# %% ../nbs/18a_cli.ipynb #d2vary03
 @app.command()
 def interpolate(
     a: _argument(Path, 'A picture file.'),
@@ -198,7 +199,7 @@ def inpaint(
     from diffcourse.core import default_device, require, to_float
     from diffcourse.data import read_picture
     require(n > 0, f'-n must be at least 1, got {n}')
-    require(all(v.strip().isdigit() for v in box.split(',')), f'--box takes four numbers, such as 16,0,32,32; got {box}')
+    require(all(v.strip().isdigit() for v in box.split(',')), f'--box takes four numbers, as in 16,0,32,32; got {box}')
     model, corners = zoo.load(recipe, weights, default_device(device)), [int(v) for v in box.split(',')]
     size = model.config.image_size
     image = to_float(torch.from_numpy(read_picture(picture, size, 3).copy()))[None]
