@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'weights_app', 'OptBudget', 'OptDevice', 'OptWeights', 'OptSeed', 'OptNumber', 'train', 'save_grid',
-           'save_bytes', 'sample', 'reconstruct', 'metrics', 'data_get', 'data_verify', 'weights_list',
-           'weights_verify', 'notebooks', 'doctor', 'demo', 'main']
+           'save_bytes', 'sample', 'reconstruct', 'vary', 'interpolate', 'inpaint', 'metrics', 'data_get',
+           'data_verify', 'weights_list', 'weights_verify', 'notebooks', 'doctor', 'demo', 'main']
 
 # %% ../nbs/18a_cli.ipynb #3aa9077e
 import importlib, os, shutil, sys, tempfile, time
@@ -63,6 +63,7 @@ def train(
 def _train_one(name, out, budget, data, dtype, how) -> tuple:
     "Train one recipe; its row of the table"
     from diffcourse import zoo
+    from diffcourse.core import require
     from diffcourse.data import image_folder
     pictures = None
     if data:
@@ -103,8 +104,8 @@ def sample(
     recipe: _argument(str, 'A recipe that generates: vae_fashion, ddpm_fashion, …'),
     n: OptNumber = 16,
     out: _option(Path, help='A PNG file, or an .npz of bytes for `metrics`.') = Path('samples.png'),
-    scale: _option(Optional[float], help='Guidance scale s of cfg_…: 1 none, more goes further.') = None,
-    prompt: _option(Optional[str], help='A caption, for recipes that read one: dalle_shapes, dalle_emoji, …') = None,
+    scale: _option(Optional[float], help='Guidance scale s of cfg_…, glide_…: 1 none, more goes further.') = None,
+    prompt: _option(Optional[str], help='A caption, for recipes that read one: dalle_…, glide_…, unclip_…') = None,
     weights: OptWeights = None, seed: OptSeed = 0, device: OptDevice = None,
 ):
     "Draw new pictures from a trained network (its EMA weights) into one PNG, or an .npz."
@@ -132,6 +133,78 @@ def reconstruct(
     else: images = data.load(source, 'test').images[:n]
     copies = zoo.reconstruct(recipe, images, weights, default_device(device))
     save_grid(torch.cat([to_float(images), copies]), out, len(images))
+
+# %% ../nbs/18a_cli.ipynb #d2vary01
+def _pictures(*paths):
+    "Picture files as one batch of bytes, (n, 3, 32, 32)"
+    import torch
+    from diffcourse.core import require
+    from diffcourse.data import read_picture
+    for p in paths: require(p.is_file(), f'there is no picture {p}')
+    return torch.stack([torch.from_numpy(read_picture(p, 32).copy()) for p in paths])
+
+def _system(world):
+    "The trained DALL·E 2 of a world, with its decoder"
+    from diffcourse.core import require
+    from diffcourse.dalle2 import dalle2
+    from diffcourse.weights import shipped
+    require(shipped(f'unclip_decoder_{world}'), f'no weights are shipped for unclip_decoder_{world}: '
+            f'train them (diffcourse train unclip_decoder_{world})')
+    return dalle2(world)
+
+# %% ../nbs/18a_cli.ipynb #d2vary02
+@app.command()
+def vary(
+    image: _argument(Path, 'A picture file.'),
+    world: _option(str, help='emoji or shapes: whose CLIP and decoder.') = 'emoji',
+    n: OptNumber = 8,
+    eta: _option(float, help='0 gives the picture back, 1 adds as much fresh noise as DDPM.') = 1.,
+    out: _option(Path, help='A PNG file: the picture first, then its variations.') = Path('variations.png'),
+    seed: OptSeed = 0,
+):
+    "Variations of a picture: the same CLIP embedding, other noise."
+    import torch
+    from diffcourse.core import require, to_float
+    require(n > 0, f'-n must be at least 1, got {n}')
+    x = _pictures(image)
+    save_grid(torch.cat([to_float(x), _system(world).vary(x, n, eta, seed)[0]]), out)
+
+# %% ../nbs/18a_cli.ipynb #d2vary03
+@app.command()
+def interpolate(
+    a: _argument(Path, 'A picture file.'),
+    b: _argument(Path, 'Another.'),
+    world: _option(str, help='emoji or shapes: whose CLIP and decoder.') = 'emoji',
+    n: OptNumber = 8,
+    out: _option(Path, help='A PNG file, from the first picture to the second.') = Path('between.png'),
+):
+    "The way from one picture to another, along CLIP's sphere."
+    save_grid(_system(world).interpolate(*_pictures(a, b), n), out, n)
+
+# %% ../nbs/18a_cli.ipynb #4348a22a
+@app.command()
+def inpaint(
+    recipe: _argument(str, 'A recipe that inpaints: glide_inpaint_shapes, glide_shapes, glide_emoji.'),
+    picture: _argument(Path, 'A picture; it is scaled to the size of the network.'),
+    box: _option(str, help='left,top,right,bottom in pixels of the network: what is to be invented.') = ...,
+    prompt: _option(str, help='What the whole picture shall show.') = ...,
+    n: OptNumber = 4,
+    out: _option(Path, help='A PNG file: the picture with its hole, then proposals.') = Path('inpainted.png'),
+    scale: _option(float, help='Guidance scale s.') = 3.,
+    weights: OptWeights = None, seed: OptSeed = 0, device: OptDevice = None,
+):
+    "Cover a box of a picture and draw it anew from a sentence."
+    import torch
+    from diffcourse import edit, zoo
+    from diffcourse.core import default_device, require, to_float
+    from diffcourse.data import read_picture
+    require(n > 0, f'-n must be at least 1, got {n}')
+    require(all(v.strip().isdigit() for v in box.split(',')), f'--box takes four numbers, as in 16,0,32,32; got {box}')
+    model, corners = zoo.load(recipe, weights, default_device(device)), [int(v) for v in box.split(',')]
+    size = model.config.image_size
+    image = to_float(torch.from_numpy(read_picture(picture, size, 3).copy()))[None]
+    made = edit.edit_picture(recipe, model, image, corners, prompt, n, seed, scale=scale, show=sys.stdout.isatty())
+    save_grid(torch.cat([image * edit.box_mask(corners, size), made.cpu()]), out, n + 1)
 
 # %% ../nbs/18a_cli.ipynb #17e00003
 def _number(v): return None if isinstance(v, float) and v != v else v

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POOLS', 'MULTIPLIERS', 'FAMILIES', 'GroupNorm32', 'ResBlock', 'Resample', 'split_qkv', 'ContextBlock', 'count_heads',
-           'AttentionBlock', 'UNetConfig', 'Stage', 'HalfUNet', 'UNetModel', 'randomise', 'SuperResModel',
+           'AttentionBlock', 'UNetConfig', 'Stage', 'HalfUNet', 'UNetModel', 'randomise', 'enlarged', 'SuperResModel',
            'AttentionPool2d', 'EncoderUNetModel', 'from_flags', 'released', 'from_official', 'which_release',
            'load_official']
 
@@ -132,22 +132,36 @@ class AttentionBlock(ContextBlock):
         heads: int = 1,          # must divide `channels`
         new_order: bool = False, # see `split_qkv`
         groups: int = 32,        # of the normalisation
+        encoder_channels: int | None = None, # of a context whose positions are attended to as well; None: none is read
     ):
         super().__init__()
         self.heads, self.new_order = heads, new_order
         self.norm = GroupNorm32(channels, groups)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.encoder_kv = nn.Conv1d(encoder_channels, 2 * channels, 1) if encoder_channels else None
         self.proj_out = zero_init(nn.Conv1d(channels, channels, 1))
 
-    def forward(self,
-        x: Tensor,     # features, (B, channels, H, W)
-        context=None,  # not used: other blocks of the kind attend to it
-    ) -> Tensor:       # the shape of x
-        "Every pixel attends to all pixels"
-        tokens = self.norm(x).flatten(2).transpose(1, 2)                                  # (B, H·W, C)
-        q, k, v = split_qkv(_pointwise(self.qkv, tokens), self.heads, self.new_order)
-        out = _pointwise(self.proj_out, attention(q, k, v, self.heads))
-        return x + out.transpose(1, 2).unflatten(2, x.shape[2:])
+# %% ../nbs/09a_openai_unet.ipynb #707e90fe
+@patch
+def forward(
+    self: AttentionBlock,
+    x: Tensor,     # features, (B, channels, H, W)
+    context=None,  # (B, L, encoder_channels), or with a mask (B, L) of what may be seen; read with encoder_channels
+) -> Tensor:           # the shape of x
+    "Every pixel attends to all pixels, and to the context"
+    tokens, mask = self.norm(x).flatten(2).transpose(1, 2), None                      # (B, H·W, C)
+    q, k, v = split_qkv(_pointwise(self.qkv, tokens), self.heads, self.new_order)
+    if self.encoder_kv is not None and context is not None:
+        k, v, mask = self._beside(k, v, *(context if isinstance(context, tuple) else (context, None)))
+    out = _pointwise(self.proj_out, attention(q, k, v, self.heads, mask))
+    return x + out.transpose(1, 2).unflatten(2, x.shape[2:])
+
+@patch
+def _beside(self: AttentionBlock, k, v, context, seen):
+    "Keys and values of the context in front of the picture's, and which of them may be seen"
+    kv = _pointwise(self.encoder_kv, context.to(k.dtype)).unflatten(-1, (self.heads, 2, -1)).unbind(3)
+    mask = None if seen is None else F.pad(seen, (0, k.shape[1]), value=True)[:, None, None]
+    return *(torch.cat([new.flatten(2), own], 1) for new, own in zip(kv, (k, v))), mask
 
 # %% ../nbs/09a_openai_unet.ipynb #27a87981
 @dataclass(frozen=True)
@@ -169,8 +183,11 @@ class UNetConfig:
     resblock_updown: bool = False         # resample inside residual blocks
     use_new_attention_order: bool = False # see `split_qkv`
     image_size: int | None = None         # height of the pictures, checked where given
+    use_middle_attention: bool = True     # attention between the two blocks of the middle
     groups: int = 32                      # of every normalisation; must divide every width
     attention: Callable | None = None     # (channels, heads) → a `ContextBlock` in place of `AttentionBlock`
+    encoder_channels: int | None = None   # of a context that every `AttentionBlock` attends to, such as encoded text
+    patch: int = 1                        # pixels per side that the first convolution sees as one, as channels
 
 # %% ../nbs/09a_openai_unet.ipynb #80cd9b71
 @patch(as_prop=True)
@@ -181,7 +198,14 @@ def widths(self: UNetConfig) -> list[int]:
 @patch(as_prop=True)
 def halved(self: UNetConfig) -> int:
     "The factor by which the coarsest level is smaller"
-    return 2 ** (len(self.channel_mult) - 1)
+    return self.factor(len(self.channel_mult) - 1)
+
+@patch
+def factor(self: UNetConfig,
+    level: int,  # 0 is the finest
+) -> int:        # how many times smaller than the picture
+    "The downsampling factor of a level"
+    return self.patch * 2 ** level
 
 @patch
 def check(self: UNetConfig) -> None:
@@ -190,7 +214,8 @@ def check(self: UNetConfig) -> None:
             f'a network needs at least one block, one level and one channel, got num_res_blocks={self.num_res_blocks}, '
             f'channel_mult={self.channel_mult}, model_channels={self.model_channels}')
     require((self.image_size or 0) % self.halved == 0,
-            f'image_size {self.image_size} cannot be halved {len(self.channel_mult) - 1} times: use fewer multipliers')
+            f'image_size {self.image_size} cannot be halved {len(self.channel_mult) - 1} times'
+            + f' after patches of {self.patch}' * (self.patch > 1) + ': use fewer multipliers')
     require(self.num_classes is None or self.num_classes > 0, f'num_classes must be positive, got {self.num_classes}')
 
 # %% ../nbs/09a_openai_unet.ipynb #8dc6c23b
@@ -221,15 +246,15 @@ class HalfUNet(nn.Module):
         self.time_embed = nn.Sequential(nn.Linear(c.model_channels, self.emb_channels), nn.SiLU(),
                                         nn.Linear(self.emb_channels, self.emb_channels))
         if c.num_classes is not None: self.label_emb = nn.Embedding(c.num_classes, self.emb_channels)
-        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(c.in_channels, c.widths[0], 3, padding=1))])
+        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(c.in_channels * c.patch ** 2, c.widths[0], 3, padding=1))])
         self.left_behind, before = [c.widths[0]], c.widths[0]                     # channels of every skip connection
         for level, width in enumerate(c.widths):
             for _ in range(c.num_res_blocks):
-                self._descend(Stage(self._res(before, width), *self._attend(width, 2 ** level)), width)
+                self._descend(Stage(self._res(before, width), *self._attend(width, c.factor(level))), width)
                 before = width
             if level < len(c.widths) - 1: self._descend(Stage(self._resample(width, 'down')), width)
-        middle = [self._res(width, width), *self._attend(width), self._res(width, width)]
-        self.middle_block = Stage(*middle)
+        middle = self._attend(width) if c.use_middle_attention else []
+        self.middle_block = Stage(self._res(width, width), *middle, self._res(width, width))
 
     def _descend(self, stage, width):
         self.input_blocks.append(stage)
@@ -249,7 +274,7 @@ def _attend(self: HalfUNet, channels, factor=None, up=False):
     heads = count_heads(channels, c.num_heads_upsample if up and c.num_heads_upsample != -1 else c.num_heads,
                         c.num_head_channels)
     return [c.attention(channels, heads) if c.attention
-            else AttentionBlock(channels, heads, c.use_new_attention_order, c.groups)]
+            else AttentionBlock(channels, heads, c.use_new_attention_order, c.groups, c.encoder_channels)]
 
 @patch
 def _resample(self: HalfUNet, channels, which):
@@ -309,12 +334,12 @@ class UNetModel(HalfUNet):
         self.output_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(c.widths))):
             for i in range(c.num_res_blocks + 1):
-                stage = Stage(self._res(before + left.pop(), width), *self._attend(width, 2 ** level, up=True))
+                stage = Stage(self._res(before + left.pop(), width), *self._attend(width, c.factor(level), up=True))
                 if level > 0 and i == c.num_res_blocks: stage.append(self._resample(width, 'up'))
                 self.output_blocks.append(stage)
                 before = width
         self.out = nn.Sequential(GroupNorm32(before, c.groups), nn.SiLU(),
-                                 zero_init(nn.Conv2d(before, c.out_channels, 3, padding=1)))
+                                 zero_init(nn.Conv2d(before, c.out_channels * c.patch ** 2, 3, padding=1)))
 
 # %% ../nbs/09a_openai_unet.ipynb #f8b95b4f
 @patch
@@ -328,11 +353,11 @@ def forward(
 ) -> Tensor:                      # (B, out_channels, H, W)
     "Down, through the middle, and up again with what was left behind"
     self.check_pictures(x)
-    emb, h, kept = self.embed(timesteps, y, extra), x, []
+    emb, h, kept = self.embed(timesteps, y, extra), F.pixel_unshuffle(x, self.config.patch), []
     for stage in self.input_blocks: kept.append(h := stage(h, emb, context))
     h = self.middle_block(h, emb, context)
     for stage in self.output_blocks: h = stage(torch.cat([h, kept.pop()], 1), emb, context)
-    return self.out(h)
+    return F.pixel_shuffle(self.out(h), self.config.patch)
 
 # %% ../nbs/09a_openai_unet.ipynb #d8c94668
 def randomise(
@@ -346,6 +371,15 @@ def randomise(
     return net
 
 # %% ../nbs/09a_openai_unet.ipynb #a347603e
+def enlarged(
+    low_res: Tensor,  # small pictures, (B, C, h, w)
+    x: Tensor,        # large ones, (B, C, H, W)
+) -> Tensor:          # the small ones at the size of the large, (B, C, H, W)
+    "Bilinear, corners not aligned: what stands beside the noisy picture"
+    require(low_res.ndim == 4 and low_res.shape[:2] == x.shape[:2],
+            f'low_res must be {tuple(x.shape[:2])} small pictures, got {tuple(low_res.shape)}')
+    return F.interpolate(low_res.to(x.dtype), x.shape[2:], mode='bilinear', align_corners=False)
+
 class SuperResModel(UNetModel):
     "A denoiser that also sees a small version of the picture: ADM's upsampler"
     def __init__(self, **config):  # the fields of `UNetConfig`; `in_channels` is the pictures' own number
@@ -358,10 +392,7 @@ class SuperResModel(UNetModel):
         **more,             # y, context, extra
     ) -> Tensor:            # (B, out_channels, H, W)
         "Enlarge the small picture, put it beside the noisy one, denoise"
-        require(low_res.ndim == 4 and low_res.shape[:2] == x.shape[:2],
-                f'low_res must be {tuple(x.shape[:2])} small pictures, got {tuple(low_res.shape)}')
-        beside = F.interpolate(low_res.to(x.dtype), x.shape[2:], mode='bilinear', align_corners=False)
-        return super().forward(torch.cat([x, beside], 1), timesteps, **more)
+        return super().forward(torch.cat([x, enlarged(low_res, x)], 1), timesteps, **more)
 
 # %% ../nbs/09a_openai_unet.ipynb #6717c196
 class AttentionPool2d(nn.Module):
@@ -421,7 +452,7 @@ def forward(
 ) -> Tensor:            # logits, (B, classes)
     "Down, through the middle, into the pool"
     self.check_pictures(x)
-    emb, h, means = self.embed(timesteps), x, []
+    emb, h, means = self.embed(timesteps), F.pixel_unshuffle(x, self.config.patch), []
     for stage in [*self.input_blocks, self.middle_block]:
         h = stage(h, emb)
         if self.pool.startswith('spatial'): means.append(h.mean((2, 3)))
@@ -496,10 +527,10 @@ def from_official(
     return model
 
 # %% ../nbs/09a_openai_unet.ipynb #33db511a
-def _nearest(state):
+def _nearest(state, names):
     "The released model that shares the most keys and shapes with a state dict, and how it differs"
     have = layout(state)
-    shapes = {n: layout(official_schema(n)['state_dict']) for n in released()}
+    shapes = {n: layout(official_schema(n)['state_dict']) for n in names}
     best = max(shapes, key=lambda n: sum(have.get(k) == s for k, s in shapes[n].items()) / (len(shapes[n]) + len(have)))
     return best, layout_differences(have, shapes[best])
 
@@ -507,12 +538,15 @@ def _nearest(state):
 def which_release(
     state: dict,       # key → tensor
     where: str = '',   # the file's name: decides among models that share a layout, and starts the error message
+    names=None,        # of the released models that may be meant; default: those of this page
 ) -> str:              # such as 'guided-diffusion/64x64_diffusion'
-    "Which released model of this page a state dict belongs to; another is refused with the first differing keys"
-    found = [n for n in recognise(state) if n in released()]
+    "Which released model a state dict belongs to; another is refused with the first differing keys"
+    names = names or released()
+    found = [n for n in recognise(state) if n in names]
     if not found:
-        best, differences = _nearest(state)
-        require(False, f'{where or "the state dict"} is no released model of improved-diffusion or guided-diffusion. '
+        families = ' or '.join(sorted({n.split('/')[0] for n in names}, reverse=True))
+        best, differences = _nearest(state, names)
+        require(False, f'{where or "the state dict"} is no released model of {families}. '
                 f'Nearest is {best}; {differences}')
     return next((n for n in found if n.split('/')[1] == Path(where).stem), found[0])
 

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 # %% ../nbs/18_zoo.ipynb #f8492682
-from . import (adm, ae, cfg, clip, dalle, ddim, ddpm, dvae, extractors, iddpm, metrics, priors, vae, vqvae,
-                        vqvae2)  # importing registers
+from . import (adm, ae, cfg, clip, dalle, dalle2, ddim, ddpm, dvae, edit, extractors, glide, iddpm,
+                        metrics, priors, vae, vqvae, vqvae2)  # importing registers
 from .core import CourseError, Table, atomic_write, budget, default_device, image_grid, require, to_float
 from .data import ImageSet, fashion_mnist
 from .train import RECIPES, Recipe, find_recipe, train_recipe
 from .weights import load_card, load_weights, pack, save_weights, shipped
 
 # %% ../nbs/18_zoo.ipynb #5a3e71cf
-SHARED = {**cfg.SHARES, 'ddim_fashion': 'ddpm_fashion'}  # recipe → the one whose weights it uses
+SHARED = {**cfg.SHARES, **dalle2.SHARES, 'ddim_fashion': 'ddpm_fashion'}  # recipe → the one whose weights it uses
 
 def weights_of(
     name: str,  # of a recipe
