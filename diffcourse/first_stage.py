@@ -442,7 +442,7 @@ def stage_recipe(
         evaluate=lambda net: evaluate_stage(net, to_float(pictures('test', None).images[:500]))))
 
 def _of_shapes(split, budget):
-    return data.shapes(dict(smoke=2000, laptop=30_000, gpu=100_000)[budget] if budget else 500, seed=int(not budget))
+    return data.shapes(dict(smoke=2000, laptop=30_000, gpu=40_000)[budget] if budget else 500, seed=int(not budget))
 
 def small_stage(
     ch: int = 16,               # width that `ch_mult` multiplies
@@ -455,19 +455,20 @@ def small_stage(
     if codes is None: return AutoencoderKL(d, 4, scale=None)
     return VQModel(d, codes, 4, scale=None, rule='rosinality', revive=.1)
 
-# %% ../nbs/16_first_stage.ipynb #664dda37
-_smoke = dict(steps=24, batch_size=16, lr=1e-3, warmup=5, ema=.9)
-_long = lambda steps, batch: dict(smoke=_smoke, laptop=dict(steps=steps, batch_size=32, lr=1e-3, ema=.998),
-                                  gpu=dict(steps=7000, batch_size=batch, lr=1e-3, ema=.998))
+# %% ../nbs/16_first_stage.ipynb #4a4a0ad3
+def _budgets(batch, laptop):
+    return dict(smoke=dict(steps=24, batch_size=batch, lr=2e-3, warmup=3, ema=.8),
+                laptop=dict(steps=laptop, batch_size=16, lr=1e-3, ema=.998),
+                gpu=dict(steps=7000, batch_size=8 * batch, lr=1e-3, ema=.998))
 
 kl_emoji = stage_recipe('kl_emoji', 'KL first stage of 64×64 emoji: 16×16×4 latents',
-    lambda split, budget: data.emoji(split), small_stage, _long(2500, 64))
+    lambda split, budget: data.emoji(split), small_stage, _budgets(8, 1000))
 kl_shapes = stage_recipe('kl_shapes', 'KL first stage of 32×32 scenes of shapes: 8×8×4 latents',
-    _of_shapes, lambda: small_stage(8, (2, 3, 4), size=32), _long(2500, 128))
+    _of_shapes, lambda: small_stage(8, (2, 3, 4), size=32), _budgets(16, 3000))
 kl_grocery = stage_recipe('kl_grocery', 'KL first stage of 64×64 photographs of fruit: 16×16×4 latents',
-    lambda split, budget: data.groceries(split), lambda: small_stage(8, (2, 3, 4)), _long(2500, 64))
+    lambda split, budget: data.groceries(split), lambda: small_stage(8, (2, 3, 4)), _budgets(8, 2000))
 vq_emoji = stage_recipe('vq_emoji', 'VQ first stage of 64×64 emoji: 16×16 codes out of 512',
-    lambda split, budget: data.emoji(split), lambda: small_stage(8, (2, 3, 4), codes=512), _long(2500, 64))
+    lambda split, budget: data.emoji(split), lambda: small_stage(8, (2, 3, 4), codes=512), _budgets(8, 2000))
 
 # %% ../nbs/16_first_stage.ipynb #f3f9e99f
 KINDS = ('AutoencoderKL', 'VQModel', 'VQModelInterface', 'vqgan_imagenet')
