@@ -458,8 +458,8 @@ def small_stage(
 # %% ../nbs/16_first_stage.ipynb #4a4a0ad3
 def _budgets(batch, laptop):
     return dict(smoke=dict(steps=24, batch_size=batch, lr=2e-3, warmup=3, ema=.8),
-                laptop=dict(steps=laptop, batch_size=16, lr=1e-3, ema=.998),
-                gpu=dict(steps=7000, batch_size=8 * batch, lr=1e-3, ema=.998))
+                laptop=dict(steps=laptop, batch_size=16, lr=2e-3, ema=.998),
+                gpu=dict(steps=7000, batch_size=8 * batch, lr=2e-3, ema=.998))
 
 kl_emoji = stage_recipe('kl_emoji', 'KL first stage of 64×64 emoji: 16×16×4 latents',
     lambda split, budget: data.emoji(split), small_stage, _budgets(8, 1000))

@@ -49,7 +49,7 @@ def copies_of(net, x): return torch.cat([net(part.to(next(net.parameters()).devi
 
 def trained(net, loss, batches, how, seed=0):
     "Averaged weights after training, and its seconds"
-    trainer = Trainer(net, loss, batches, lr=1e-3, ema=.99, warmup=20, seed=seed, progress=False, **how).fit()
+    trainer = Trainer(net, loss, batches, lr=2e-3, ema=.99, warmup=20, seed=seed, progress=False, **how).fit()
     return trainer.ema_model(), trainer.seconds
 
 
