@@ -409,14 +409,14 @@ def contested_loss(
         x, stage = batch['x'], model.stage
         copies, l1, error, rate = copied(stage, x, draws, perceptual)
         base = error + (codebook if isinstance(stage, VQModel) else kl / x[0].numel()) * rate
-        if draws.step < start: return base, dict(l1=l1, lpips=error - l1, rate=rate)
-        opinion, λ = -model.unmoved(copies).mean(), torch.zeros_like(l1)
+        opinion, λ = -model.unmoved(copies).float().mean(), torch.zeros_like(l1)
         if torch.is_grad_enabled():
             last = stage.decoder.conv_out.weight
             slope = lambda v: torch.autograd.grad(v, last, retain_graph=True)[0].float()
             λ = adaptive_weight(slope(error), slope(opinion), share)
         own = critic_loss(model.critic(x).float(), model.critic(copies.detach()).float())
-        return base + λ * opinion + own, dict(l1=l1, lpips=error - l1, rate=rate, weight=λ, critic=own)
+        heard = float(draws.step >= start)   # before, the critic weighs nothing, but DDP finds every parameter in use
+        return base + heard * (λ * opinion + own), dict(l1=l1, lpips=error - l1, rate=rate, weight=λ, critic=own)
     return loss
 
 # %% ../nbs/16_first_stage.ipynb #f3f9e99f

@@ -260,10 +260,14 @@ def test_critic_and_stage_do_not_move_each_other():
 
 
 def test_critic_waits():
-    both, batch = Contested(small_stage(8, (1, 2)), PatchGAN(3, 8, 1)), {'x': draw(2, 3, 16, 16).tanh()}
-    loss = contested_loss(start=3, perceptual=0.)
-    assert 'critic' not in loss(both, batch, Draws(0, 2))[1] and 'critic' in loss(both, batch, Draws(0, 3))[1]
-    with torch.no_grad(): assert loss(both.eval(), batch, Draws(0, 3))[1]['weight'] == 0
+    torch.manual_seed(0)
+    both, batch = Contested(small_stage(8, (1, 2)), PatchGAN(3, 8, 1)).eval(), {'x': draw(2, 3, 16, 16).tanh()}
+    early, late = (contested_loss(start=3, perceptual=0.)(both, batch, Draws(0, k)) for k in (2, 3))
+    plain = [stage_loss(perceptual=0.)(both.stage, batch, Draws(0, k))[0] for k in (2, 3)]
+    assert torch.allclose(early[0], plain[0]) and late[0] > plain[1] + .1
+    early[0].backward()
+    assert all(not p.grad.any() for p in both.critic.parameters())
+    with torch.no_grad(): assert contested_loss(perceptual=0.)(both, batch, Draws(0, 3))[1]['weight'] == 0
 
 
 def test_one_trainer_trains_and_resumes_both(tmp_path):
