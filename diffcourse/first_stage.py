@@ -483,13 +483,14 @@ def stage_to_diffusers(
     "The same first stage in the layout of `diffusers.AutoencoderKL`"
     c, n = net.config, len(net.config.widths)
     inner = any(c.resolution // 2 ** i in c.attn_resolutions for i in range(n))
-    require(c.ch_mult[0] == 1 and not inner and c.resamp_with_conv and net.embed_dim == c.z_channels, 'diffusers has no '
-            'place for ch_mult that does not start with 1, attention in levels, or embed_dim other than z_channels')
+    fits = c.ch_mult[0] == 1 and not inner and c.resamp_with_conv and net.embed_dim == c.z_channels
+    require(fits, 'diffusers has no place for ch_mult that does not start with 1, attention in levels, '
+            'or embed_dim other than z_channels')
     config = dict(_class_name='AutoencoderKL', in_channels=c.in_channels, out_channels=c.out_ch,
         layers_per_block=c.num_res_blocks, block_out_channels=c.widths,
         down_block_types=['DownEncoderBlock2D'] * n, up_block_types=['UpDecoderBlock2D'] * n,
-        latent_channels=c.z_channels, norm_num_groups=c.groups, sample_size=c.resolution, scaling_factor=float(net.scale),
-        mid_block_add_attention=c.attn_type != 'none')
+        latent_channels=c.z_channels, norm_num_groups=c.groups, sample_size=c.resolution,
+        scaling_factor=float(net.scale), mid_block_add_attention=c.attn_type != 'none')
     flat = lambda k, v: (v.flatten(1) if 'attn_1' in k and v.ndim == 4 else v).contiguous()
     return config, {_renamed(k, n): flat(k, v) for k, v in net.state_dict().items() if k != 'scale'}
 
