@@ -305,7 +305,7 @@ def evaluate_system(
     return out | {'n': n}
 
 # %% ../nbs/15a_dalle2.ipynb #e0ff84d1
-_sizes = dict(smoke=300, laptop=20_000, gpu=200_000)
+_sizes = dict(smoke=300, laptop=20_000, gpu=60_000)
 
 def _prior_recipe(name, steps):
     "The diffusion prior of a world"
