@@ -36,6 +36,7 @@ def train(name, seconds, start, out: Path, level: str) -> dict:
     torch.backends.cudnn.benchmark = True
     recipe, begin = find_recipe(name), time.time()
     how = {**recipe.settings[level], 'steps': 10**7}
+    how['warmup'] = min(how.get('warmup', 100), 300)
     data = recipe.data(level)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(how.get('seed', 0))
@@ -47,9 +48,9 @@ def train(name, seconds, start, out: Path, level: str) -> dict:
     t.objective.train()
     print(f'{name}: ready after {time.time() - begin:.0f} s', flush=True)
     first, warm = time.time(), max(20, t.settings.warmup)
-    while t.step < warm and time.time() - first < seconds / 3:
-        if t.step == warm // 2: half = time.time(), t.step
+    while t.step < 10 or (t.step < warm and time.time() - first < seconds / 3):
         t.update([])
+        if t.step == 5 or (t.step == warm // 2 > 5): half = time.time(), t.step   # the first ones are slow
     speed = (t.step - half[1]) / (time.time() - half[0])
     t.settings.steps = t.step + max(1, int(.95 * speed * (first + seconds - time.time())))
     print(f'{name}: {speed:.1f} steps/s, {t.settings.steps} steps', flush=True)
