@@ -380,15 +380,15 @@ def text_sampler(
     return draw
 
 # %% ../nbs/14_glide.ipynb #e0954937
-_small = dict(patch=2, image_size=32, in_channels=3, out_channels=3, num_res_blocks=1, num_head_channels=32,
+_small = dict(image_size=32, in_channels=3, out_channels=3, num_res_blocks=1, num_head_channels=32,
               use_scale_shift_norm=True, conv_resample=False, groups=8)
 
 def scenes_net(
     kind: type = Text2ImUNet,  # or one of its variants
 ) -> Text2ImUNet:
     "The network of `glide_shapes`"
-    return kind(n_vocab=len(shapes_bpe()) + 1, text_ctx=16, xf_width=64, xf_layers=2, xf_heads=4, model_channels=32,
-                channel_mult=(1, 2), attention_resolutions=(4,), **_small)
+    return kind(n_vocab=len(shapes_bpe()) + 1, text_ctx=16, xf_width=64, xf_layers=2, xf_heads=4, model_channels=16,
+                channel_mult=(1, 3, 4), attention_resolutions=(4,), **_small)
 
 # %% ../nbs/14_glide.ipynb #7417c686
 def scenes_told(
@@ -466,8 +466,8 @@ def emoji_net(
     kind: type = Text2ImUNet,  # or one of its variants
 ) -> Text2ImUNet:
     "The network of `glide_emoji`"
-    return kind(n_vocab=len(emoji_bpe()) + 1, text_ctx=24, xf_width=64, xf_layers=2, xf_heads=4, model_channels=32,
-                channel_mult=(1, 2, 2), attention_resolutions=(4, 8), **_small)
+    return kind(n_vocab=len(emoji_bpe()) + 1, text_ctx=24, xf_width=64, xf_layers=2, xf_heads=4, model_channels=16,
+                channel_mult=(1, 3, 6), attention_resolutions=(4,), **_small)
 
 # %% ../nbs/14_glide.ipynb #c80c01ed
 @torch.no_grad()

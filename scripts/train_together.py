@@ -47,7 +47,7 @@ def train(name, seconds, start, out: Path, level: str) -> dict:
     if start: t.origin['start'] = {k: weight_file(start)[1].get(k) for k in ('name', 'steps', 'seconds', 'sha256')}
     t.objective.train()
     print(f'{name}: ready after {time.time() - begin:.0f} s', flush=True)
-    first, warm = time.time(), max(20, t.settings.warmup)
+    first, cpu, warm = time.time(), time.process_time(), max(20, t.settings.warmup)
     while t.step < 10 or (t.step < warm and time.time() - first < seconds / 3):
         t.update([])
         if t.step == 5 or (t.step == warm // 2 > 5): half = time.time(), t.step   # the first ones are slow
@@ -57,7 +57,7 @@ def train(name, seconds, start, out: Path, level: str) -> dict:
     while t.step < t.settings.steps and time.time() < first + seconds:
         t.update([])
         if t.step % 500 == 0: print(f'{name}: {t.step} {sum(t.losses[-100:]) / 100:.4f}', flush=True)
-    t.seconds = time.time() - first
+    t.seconds, t.cpu_seconds = time.time() - first, time.process_time() - cpu
     card = dict(t.card(), metrics={}, beside='other trainings on the same device')
     path = save_weights(out / f'{name}.safetensors', t.ema_model(), card, 'int8')
     print(f'{name}: done, {t.step} of {t.settings.steps} steps, loss {card["loss"]:.4f}', flush=True)
