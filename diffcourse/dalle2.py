@@ -154,7 +154,7 @@ def small_decoder(
     c = world(name).clip
     width, D = c.text_projection.shape
     return UnCLIPDecoder(c.context_length, 48, D, text_dim=width, image_size=32, in_channels=3, out_channels=3,
-                         model_channels=16, channel_mult=(1, 2, 4), num_res_blocks=1, attention_resolutions=(4,),
+                         model_channels=16, channel_mult=(1, 2, 3), num_res_blocks=1, attention_resolutions=(4,),
                          num_head_channels=16, use_scale_shift_norm=True, conv_resample=False, groups=8)
 
 # %% ../nbs/15a_dalle2.ipynb #b04306b0
