@@ -254,7 +254,7 @@ class LPIPS(nn.Module):
         "What the network sees at five depths"
         x, seen = (x - self.scaling_layer.shift) / self.scaling_layer.scale, []
         for stage in self.net.values(): seen.append(x := stage(x))
-        return [v / (v.square().sum(1, keepdim=True).sqrt() + 1e-10) for v in seen]
+        return [v / ((v.square().sum(1, keepdim=True) + 1e-20).sqrt() + 1e-10) for v in seen]  # √0 has no gradient
 
 # %% ../nbs/17b_extractors.ipynb #5db03ec7
 @patch

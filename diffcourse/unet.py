@@ -43,7 +43,7 @@ class ResBlock(nn.Module):
     def __init__(self,
         in_channels: int,      # of the input
         out_channels: int,     # of the output; a 1×1 convolution carries the input over when they differ
-        time_channels: int,    # width of the time vector
+        time_channels: int | None, # width of the time vector; None: none comes, as in an autoencoder
         dropout: float = 0.,   # probability of dropping a number before the second convolution
         groups: int = 32,      # of the normalisations
         eps: float = 1e-6,     # of the normalisations
@@ -51,7 +51,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.norm1 = group_norm(in_channels, eps, groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.temb_proj = nn.Linear(time_channels, out_channels)
+        if time_channels: self.temb_proj = nn.Linear(time_channels, out_channels)
         self.norm2 = group_norm(out_channels, eps, groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
@@ -61,12 +61,12 @@ class ResBlock(nn.Module):
 @patch
 def forward(
     self: ResBlock,
-    x: Tensor,     # (B, in_channels, H, W)
-    time: Tensor,  # time vectors, (B, time_channels)
-) -> Tensor:       # (B, out_channels, H, W)
+    x: Tensor,                   # (B, in_channels, H, W)
+    time: Tensor | None = None,  # time vectors, (B, time_channels), if the block takes them
+) -> Tensor:                     # (B, out_channels, H, W)
     "The input, carried over, plus what two convolutions add to it"
     h = self.conv1(F.silu(self.norm1(x)))
-    h = h + self.temb_proj(F.silu(time))[:, :, None, None]
+    if hasattr(self, 'temb_proj'): h = h + self.temb_proj(F.silu(time))[:, :, None, None]
     h = self.conv2(self.dropout(F.silu(self.norm2(h))))
     return (self.nin_shortcut(x) if hasattr(self, 'nin_shortcut') else x) + h
 

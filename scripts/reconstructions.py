@@ -14,16 +14,18 @@ from pathlib import Path
 
 import torch
 
-from diffcourse import data, dalle, dvae, vqvae, vqvae2  # noqa: F401  (importing registers recipes)
+from diffcourse import data, dalle, dvae, first_stage, vqvae, vqvae2  # noqa: F401  (importing registers recipes)
 from diffcourse.core import atomic_write, to_float
 from diffcourse.extractors import keep_lpips, load_lpips, lpips_file
-from diffcourse.metrics import psnr
+from diffcourse.metrics import psnr, ssim
 from diffcourse.train import find_recipe
 from diffcourse.weights import digest, load_card, load_weights, shipped
 
 SETS = {'vqvae_fashion': lambda: data.fashion_mnist('test'), 'vqvae_emoji': lambda: data.emoji('test'),
         'vqvae_shapes': lambda: dalle.scenes_of('test'), 'vqvae2_grocery': lambda: data.groceries('test'),
-        'vqvae2_emoji': lambda: vqvae2.small_emoji('test'), 'dvae_emoji': lambda: data.emoji('test', size=32)}
+        'vqvae2_emoji': lambda: vqvae2.small_emoji('test'), 'dvae_emoji': lambda: data.emoji('test', size=32),
+        'kl_emoji': lambda: data.emoji('test'), 'vq_emoji': lambda: data.emoji('test'), 'kl_shapes': lambda: data.shapes(500, seed=1),
+        'kl_grocery': lambda: data.groceries('test')}
 TARGET = Path(__file__).resolve().parent.parent / 'data/measured/reconstructions.json'
 
 
@@ -35,7 +37,8 @@ def measure(name: str, judge, n: int) -> dict:
     net, x = load_weights(name, recipe.model()).eval(), to_float(pictures.images[chosen])
     copies = torch.cat([recipe.reconstruct(net, part) for part in x.split(50)])
     pairs = lambda a, b: float(torch.cat([judge(*p) for p in zip(a.split(50), b.split(50))]).mean())
-    return dict(n=len(x), data=pictures.name, psnr=float(psnr(copies, x).mean()), lpips=pairs(copies, x), other=pairs(x.roll(1, 0), x),
+    return dict(n=len(x), data=pictures.name, psnr=float(psnr(copies, x).mean()), ssim=float(ssim(copies, x).mean()),
+                lpips=pairs(copies, x), other=pairs(x.roll(1, 0), x),
                 weights=load_card(name)['sha256'], cpu_seconds=round(time.process_time() - start, 1))
 
 

@@ -27,8 +27,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffcourse import (adm, cfg, clip, ddim, ddpm, dvae, edit, glide, iddpm, inception, layers, metrics,
-                        openai_unet, priors, scores, train, unclip, unet, vqvae, vqvae2)
+from diffcourse import (adm, cfg, clip, ddim, ddpm, dvae, edit, first_stage, glide, iddpm, inception, layers,
+                        metrics, openai_unet, priors, scores, train, unclip, unet, vae, vqvae, vqvae2)
 from diffcourse.core import CourseError, require
 
 HERE = Path(__file__).resolve().parent
@@ -708,6 +708,47 @@ def vqgan_quantiser(g):
                 f'{case}/grad_z': slope, f'{case}/grad_embedding': codes, f'{case}/perplexity': found.perplexity}
     out['v1/indices'] = out['v1/indices'][:, None]
     return {k: v for k, v in out.items() if k in g.outputs} | dict(get_codebook_entry=q.lookup(found.indices))
+
+
+@family('diagonal_gaussian')
+def diagonal_gaussian(g):
+    "Moments, a sample of given noise, divergence from the prior and from another, minus log-density"
+    i = g.inputs
+    p, other = (vae.DiagonalGaussian(i[k]) for k in ('parameters', 'other_parameters'))
+    return dict(mean=p.mean, logvar=p.logvar, std=p.std, var=p.var, mode=p.mode(), sample=p.sample(i['noise']), kl=p.kl(),
+                kl_other=p.kl(other), nll=p.nll(i['sample']))
+
+
+@family('autoencoder_kl*', 'eps_autoencoder_kl*', 'full__*_vae*')
+def kl_stage(g):
+    "Encoder and decoder by their own keys; codes are not scaled"
+    i = g.inputs
+    net = layers.load_strict(first_stage.AutoencoderKL(**g.config), g.weights()).eval()
+    q = net.encode(i['x'])
+    out = dict(encoder_h=net.encoder(i['x']), moments=net.quant_conv(net.encoder(i['x'])), mean=q.mean, logvar=q.logvar,
+               posterior_mean=q.mean, posterior_logvar=q.logvar, kl=q.kl(), decode_mode=net.decode(q.mode()))
+    if 'noise' in i: out |= dict(sample=q.sample(i['noise']), decode_sample=net.decode(q.sample(i['noise'])))
+    return out | (dict(decode_z=net.decode(i['z'])) if 'z' in i else {})
+
+
+@family('vqmodel*', 'full__vqgan*')
+def vq_stage(g):
+    "Codes, the quantiser's loss and the copies; LDM's interface encodes without the codebook and decodes with it"
+    x, net = g.inputs['x'], layers.load_strict(first_stage.VQModel(**g.config), g.weights()).eval()
+    h, q = net.features(x), net.encode(x)
+    rec = net.decode(q.z, quantise=False)
+    return dict(quant=q.z, emb_loss=q.loss, loss=q.loss, indices=q.indices.flatten(), rec=rec, dec=rec, interface_h=net.latents(x),
+                interface_decode=net.decode(h), interface_decode_force_not_quantize=net.decode(h, quantise=False))
+
+
+@family('vqgan_discriminator*')
+def patch_critic(g):
+    "Logits in eval mode, both losses, and the weight that follows from two gradients"
+    i, net = g.inputs, layers.load_strict(first_stage.PatchGAN(**g.config), g.weights()).eval()
+    real, fake = net(i['real']), net(i['fake'])
+    return dict(logits_real=real, logits_fake=fake, g_loss=-fake.mean(), hinge_d_loss=first_stage.critic_loss(real, fake),
+                vanilla_d_loss=first_stage.critic_loss(real, fake, 'vanilla'),
+                **{'adaptive_weight_disc0.8': first_stage.adaptive_weight(i['grad_nll'], i['grad_g'], .8)})
 
 
 @family('lit_ema')
