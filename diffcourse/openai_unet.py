@@ -328,8 +328,10 @@ def check_pictures(
 # %% ../nbs/09a_openai_unet.ipynb #5ae88ba1
 class UNetModel(HalfUNet):
     "The denoiser of Improved DDPM and ADM: noisy pictures, timesteps and labels in, pictures out"
+    Config = UNetConfig   # a subclass with settings of its own replaces it
+
     def __init__(self, **config):  # the fields of `UNetConfig`
-        super().__init__(UNetConfig(**config))
+        super().__init__(self.Config(**config))
         c, left, before = self.config, list(self.left_behind), self.config.widths[-1]
         self.output_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(c.widths))):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 # %% ../nbs/18_zoo.ipynb #f8492682
 from . import (adm, ae, cfg, clip, dalle, dalle2, ddim, ddpm, dvae, edit, extractors, first_stage, glide,
-                        iddpm, metrics, priors, vae, vqvae, vqvae2)  # importing registers
+                        iddpm, latent, metrics, priors, vae, vqvae, vqvae2)  # importing registers
 from .core import CourseError, Table, atomic_write, budget, default_device, image_grid, require, to_float
 from .data import ImageSet, fashion_mnist
 from .train import RECIPES, Recipe, find_recipe, train_recipe
