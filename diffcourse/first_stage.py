@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'PARTS', 'OLD', 'kl_emoji', 'kl_shapes', 'kl_grocery', 'vq_emoji', 'StageConfig', 'Encoder', 'Decoder',
-           'FirstStage', 'AutoencoderKL', 'VQModel', 'perceptual_distance', 'copied', 'stage_loss', 'PatchGAN',
-           'critic_loss', 'adaptive_weight', 'Contested', 'contested_loss', 'released', 'scale_of', 'from_official',
-           'stage_tensors', 'load_official', 'stage_to_diffusers', 'stage_from_diffusers', 'evaluate_stage',
-           'stage_recipe', 'small_stage']
+           'FirstStage', 'AutoencoderKL', 'VQModel', 'decoder_only', 'perceptual_distance', 'copied', 'stage_loss',
+           'PatchGAN', 'critic_loss', 'adaptive_weight', 'Contested', 'contested_loss', 'released', 'scale_of',
+           'from_official', 'stage_tensors', 'load_official', 'stage_to_diffusers', 'stage_from_diffusers',
+           'evaluate_stage', 'stage_recipe', 'small_stage']
 
 # %% ../nbs/16_first_stage.ipynb #4f38b69e
 from dataclasses import dataclass
@@ -284,8 +284,16 @@ def note_scale(self: FirstStage,
     z: Tensor,           # codes of a training batch, not scaled
     share: float = .05,  # of the new number in the running average
 ) -> None:
-    "Move the scale towards 1 / std(z), if this model measures its own"
-    if isinstance(self.scale, Tensor): self.scale.lerp_(1 / z.float().std(), share)
+    "Move the scale towards 1 / std(z), if this model measures its own and its codes still move"
+    moves = self.quant_conv.weight.requires_grad
+    if isinstance(self.scale, Tensor) and moves: self.scale.lerp_(1 / z.float().std(), share)
+
+def decoder_only(
+    net: FirstStage,  # trained
+) -> FirstStage:      # the same, with a frozen encoder
+    "Let the decoder alone go on learning: latents and scale stay as they are, and so does every model of them"
+    for part in (net.encoder, net.quant_conv): part.requires_grad_(False)
+    return net
 
 # %% ../nbs/16_first_stage.ipynb #ca3da601
 @lru_cache(2)
