@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffcourse import (adm, cfg, clip, ddim, ddpm, dvae, edit, first_stage, glide, iddpm, inception, layers,
+from diffcourse import (adm, cfg, clip, ddim, ddpm, dvae, edit, first_stage, glide, iddpm, inception, latent, layers,
                         metrics, openai_unet, priors, scores, train, unclip, unet, vae, vqvae, vqvae2)
 from diffcourse.core import CourseError, require
 
@@ -749,6 +749,106 @@ def patch_critic(g):
     return dict(logits_real=real, logits_fake=fake, g_loss=-fake.mean(), hinge_d_loss=first_stage.critic_loss(real, fake),
                 vanilla_d_loss=first_stage.critic_loss(real, fake, 'vanilla'),
                 **{'adaptive_weight_disc0.8': first_stage.adaptive_weight(i['grad_nll'], i['grad_g'], .8)})
+
+
+@family('ldm_*unet', 'sd1_unet*', 'sd2_unet*', 'eps_sd1_unet*', 'full__sd-*_unet*', 'full__ldm-*_unet*')
+def latent_unet(g):
+    "The denoisers of latent diffusion by their own keys and settings"
+    config, i = g.config.get('unet', g.config), g.inputs
+    with torch.device('meta'): net = latent.LatentUNet(**config)
+    net = layers.load_strict(net.to_empty(device='cpu'), g.weights()).eval()
+    return dict(y=net(i['x'], i['timesteps'], i.get('context'), i.get('y')))
+
+
+def latent_schedule(words):
+    "From 'sd linear 0.00085..0.012, T=1000', or Stable Diffusion's"
+    ends, T = re.search(r'([\d.]+)\.\.([\d.]+)', words), re.search(r'T=(\d+)', words)
+    return latent.Schedule.scaled_linear(int(T[1]) if T else 1000, *(map(float, ends.groups()) if ends else ()))
+
+
+@family('ldm_schedules')
+def ldm_schedules(g):
+    "NAME/ARRAY, NAME/ddimN/ARRAY with sigmas_etaE among them, quad_timesteps_N"
+    out = {}
+    for name in g.outputs:
+        if name.startswith('quad_timesteps_'):
+            out[name] = torch.tensor(ddim.quadratic_timesteps(1000, int(name.rpartition('_')[2]))) + 1
+            continue
+        which, *more, array = name.split('/')
+        s = latent.Schedule.scaled_linear(1000, *g.config[which])
+        if more:
+            table = latent.latent_path(s, int(more[0].removeprefix('ddim'))).table
+            η = float(array.removeprefix('sigmas_eta')) if array.startswith('sigmas') else 0.
+            own = dict(timesteps=table.t, alphas=table.ᾱ, alphas_prev=table.ᾱ_next)
+            out[name] = own.get(array, ddim.sigma(table.ᾱ, table.ᾱ_next, η))
+        elif array == 'lvlb_weights': out[name] = latent.lvlb_weights(ddpm.Denoiser(None, s))
+        elif array == 'posterior_log_variance_clipped': out[name] = s.posterior_variance.clamp(min=1e-20).log()
+        else: out[name] = getattr(s, array.removesuffix('64'))
+    return out
+
+
+@family('ldm_samplers')
+def ldm_samplers(g):
+    "Whole loops with guidance; ddim_noguide without; stochastic_encode and img2img_decode meet at step t_enc"
+    i, c, out = g.inputs, g.config, {}
+    model, s, seen = formula(c['model']), latent_schedule(c['schedule']), []
+    def net(x, t, context):
+        seen.append(t.double())
+        return model(x, t, c=context)
+    plain = ddpm.Denoiser(net, s)
+    d = plain.guided(raw=cfg.classifier_free(c['unconditional_guidance_scale'], context=i['uc']))
+    path, told = latent.latent_path(s, c['S']), dict(context=i['c'])
+    def walk(name, sampler, d, path, x, wide=1, **how):
+        seen.clear()
+        states = [x, *sampler(d, path, x, **how, **told)]
+        out.update({name: states[-1], f'{name}_trajectory': torch.stack(states)})
+        return torch.stack([t[:wide] for t in seen])
+    for name in g.outputs:
+        if re.fullmatch(r'ddim_eta[\d.]+', name):
+            walk(name, ddim.ddim, d, path, i['x_T'], noises=i['noises'], eta=float(name.removeprefix('ddim_eta')))
+    out['ddim_timesteps_seen'] = walk('ddim_noguide', ddim.ddim, plain, path, i['x_T'], len(i['x_T']))
+    out['plms_timesteps_seen'] = walk('plms', latent.plms, d, path, i['x_T'])
+    out['dpm_solver_timesteps_seen'] = walk('dpm_solver_pp_2m', latent.dpm_solver, d, latent.even_times(s, c['S']), i['x_T'])
+    k = int(i['t_enc'].flatten()[0])
+    out['stochastic_encode'] = ddpm.q_sample(i['x0'], path.at(torch.tensor([k])).ᾱ[0], i['enc_noise'])
+    walk('img2img_decode', ddim.ddim, d, path[-k:], out['stochastic_encode'])
+    return out
+
+
+@family('ldm_p_losses')
+def ldm_p_losses(g):
+    "A constant model output; the reported bound, and the loss that the weights of both terms make"
+    i, c, s = g.inputs, g.config, latent.Schedule.scaled_linear()
+    d = ddpm.Denoiser(None, s, c['parameterization'])
+    terms = {k: v.mean() for k, v in latent.latent_terms(d, i['model_output'], i['x_start'], i['noise'], i['t']).items()}
+    loss = c['l_simple_weight'] * terms['simple'] + c['original_elbo_weight'] * terms['vlb']
+    return {'x_noisy': ddpm.q_sample(i['x_start'], s.steps().at(i['t']).ᾱ, i['noise']), 'lvlb_weights': latent.lvlb_weights(d),
+            'loss': loss, 'dict/train_loss': loss, 'dict/train_loss_simple': terms['simple'], 'dict/train_loss_vlb': terms['vlb']}
+
+
+@family('sd2_v_prediction')
+def sd2_v_prediction(g):
+    "Velocities there and back, and DDIM on guided velocities"
+    i, c = g.inputs, g.config
+    s, model = latent.Schedule.scaled_linear(), formula(c['model'])
+    step = s.steps().at(i['t'])
+    d = ddpm.Denoiser(lambda x, t, context: model(x, t, c=context), s, 'v')
+    guided = d.guided(raw=cfg.classifier_free(c['scale'], context=i['uc']))
+    walk = {name: last(ddim.ddim(guided, latent.latent_path(s, int(name.removeprefix('ddim'))), i['x_T'], context=i['c']))
+            for name in g.outputs if name.startswith('ddim')}
+    return walk | dict(get_v=d.target(i['x'], i['noise'], None, step), lvlb_weights=latent.lvlb_weights(d),
+                       predict_start_from_z_and_v=ddpm.x0_from_v(i['x'], i['v'], step.ᾱ),
+                       predict_eps_from_z_and_v=ddpm.eps_from_v(i['x'], i['v'], step.ᾱ))
+
+
+@family('sdunclip_noise_aug')
+def sdunclip_noise_aug(g):
+    i, c = g.inputs, g.config
+    net = latent.NoiseAugmentation(i['emb'].shape[1], c['timestep_dim'], schedule(c['schedule'].replace('squaredcos_cap_v2', 'cosine'), c['T']))
+    net.load_state_dict({k: i[k] for k in ('data_mean', 'data_std')})
+    y = net(i['emb'], i['noise_level'], i['noise'])
+    z, level = y.split([i['emb'].shape[1], c['timestep_dim']], 1)
+    return dict(adm_y=y, z=z, level_emb=level)
 
 
 @family('lit_ema')
