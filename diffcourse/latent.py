@@ -303,11 +303,13 @@ def latent_terms(
     x0: Tensor,          # latents, (B, ...)
     noise: Tensor,       # standard normal
     t: Tensor,           # timesteps, (B,)
+    kind: str = 'l2',    # squared errors, or 'l1': absolute ones
 ) -> dict:               # simple and vlb, each (B,)
     "The two terms of latent diffusion's loss, of which released models train the first"
+    require(kind in ('l1', 'l2'), f'kind {kind!r} is neither l1 nor l2')
     step = denoiser.schedule.steps().at(t)
     wrong = raw - denoiser.target(x0, noise, q_sample(x0, step.ᾱ, noise), step)
-    simple = wrong.square().flatten(1).mean(1)
+    simple = (wrong.square() if kind == 'l2' else wrong.abs()).flatten(1).mean(1)
     return dict(simple=simple, vlb=lvlb_weights(denoiser).to(simple)[t] * simple)
 
 # %% ../nbs/16a_latent.ipynb #da286fdc

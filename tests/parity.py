@@ -429,50 +429,6 @@ def sampling_loops(g):
     return out
 
 
-def latent_schedule(c):
-    "Latent diffusion's schedule: betas evenly spaced in their square roots; and DDIM's path on it, which ends at the first ᾱ instead of 1"
-    start, end, T = (float(v) for v in (c.get('linear_start', .00085), c.get('linear_end', .012), c.get('T', 1000)))
-    s = ddpm.Schedule(torch.linspace(start ** .5, end ** .5, int(T), dtype=torch.float64) ** 2)
-    kept = [t + 1 for t in range(0, int(T), int(T) // c['S'])]
-    return s, s.steps(kept, final=float(s.alphas_cumprod[0]))
-
-
-def guided_latents(g, parameterization='eps'):
-    "Latent diffusion's denoiser with a closed-form model, guided by an unconditional context; its path; the times it was told"
-    i, c, seen = g.inputs, g.config, []
-    s, path = latent_schedule(c)
-    model = formula(c['model'])
-    def net(x, t, context):
-        seen.append(t[:len(i['x_T'])])
-        return model(x, t, c=context)
-    scale = float(c.get('unconditional_guidance_scale', c.get('scale')))
-    d = ddpm.Denoiser(net, s, parameterization)
-    return d, d.guided(raw=cfg.classifier_free(scale, context=i['uc'])), path, seen
-
-
-@family('ldm_samplers')
-def ldm_samplers(g):
-    "Loops of latent diffusion's DDIM with classifier-free guidance; PLMS, the continuous DPM-Solver and img2img come with that chapter"
-    i, (plain, guided, path, seen), out = g.inputs, guided_latents(g), {}
-    for name in g.outputs:
-        if name.startswith('ddim_eta') and not name.endswith('_trajectory'):
-            seen.clear()
-            states = list(ddim.ddim(guided, path, i['x_T'], noises=i['noises'], eta=float(name.removeprefix('ddim_eta')), context=i['c']))
-            out |= {name: states[-1], f'{name}_trajectory': torch.stack([i['x_T'], *states]), 'ddim_timesteps_seen': torch.stack(seen).float()}
-    if 'ddim_noguide' in g.outputs: out['ddim_noguide'] = last(ddim.ddim(plain, path, i['x_T'], context=i['c']))
-    return out
-
-
-@family('sd2_v_prediction')
-def sd2_v_prediction(g):
-    "The rotation between x0, ε and v; guidance applied to v"
-    i, (_, guided, path, _) = g.inputs, guided_latents(g, 'v')
-    ᾱ = guided.schedule.alphas_cumprod[i['t']]
-    return dict(get_v=ddpm.v_from_x0_eps(i['x'], i['noise'], ᾱ), predict_start_from_z_and_v=ddpm.x0_from_v(i['x'], i['v'], ᾱ),
-                predict_eps_from_z_and_v=ddpm.eps_from_v(i['x'], i['v'], ᾱ),
-                ddim10=last(ddim.ddim(guided, path, i['x_T'], context=i['c'])))
-
-
 @family('k_diffusion')
 def k_diffusion(g):
     "Noise sizes, and the samplers that have a counterpart here; their states are ours divided by √ᾱ"
@@ -760,10 +716,12 @@ def latent_unet(g):
     return dict(y=net(i['x'], i['timesteps'], i.get('context'), i.get('y')))
 
 
-def latent_schedule(words):
-    "From 'sd linear 0.00085..0.012, T=1000', or Stable Diffusion's"
+def latent_schedule(c):
+    "Its two ends and its length from fields of their own, or from words such as 'sd linear 0.00085..0.012, T=1000'"
+    words = c.get('schedule', '')
     ends, T = re.search(r'([\d.]+)\.\.([\d.]+)', words), re.search(r'T=(\d+)', words)
-    return latent.Schedule.scaled_linear(int(T[1]) if T else 1000, *(map(float, ends.groups()) if ends else ()))
+    start, end = ends.groups() if ends else (c.get('linear_start', .00085), c.get('linear_end', .012))
+    return latent.Schedule.scaled_linear(int(T[1] if T else c.get('T', 1000)), float(start), float(end))
 
 
 @family('ldm_schedules')
@@ -787,55 +745,58 @@ def ldm_schedules(g):
     return out
 
 
+def guided_latents(g, parameterization='eps'):
+    "A closed-form model, alone and guided by an unconditional context; LDM's path; the times the model was told"
+    i, c, seen = g.inputs, g.config, []
+    s, model = latent_schedule(c), formula(c['model'])
+    def net(x, t, context):
+        seen.append(t[:len(i['x_T'])].double())
+        return model(x, t, c=context)
+    scale = float(c.get('unconditional_guidance_scale', c.get('scale')))
+    d = ddpm.Denoiser(net, s, parameterization)
+    return d, d.guided(raw=cfg.classifier_free(scale, context=i['uc'])), latent.latent_path(s, c['S']), seen
+
+
 @family('ldm_samplers')
 def ldm_samplers(g):
     "Whole loops with guidance; ddim_noguide without; stochastic_encode and img2img_decode meet at step t_enc"
-    i, c, out = g.inputs, g.config, {}
-    model, s, seen = formula(c['model']), latent_schedule(c['schedule']), []
-    def net(x, t, context):
-        seen.append(t.double())
-        return model(x, t, c=context)
-    plain = ddpm.Denoiser(net, s)
-    d = plain.guided(raw=cfg.classifier_free(c['unconditional_guidance_scale'], context=i['uc']))
-    path, told = latent.latent_path(s, c['S']), dict(context=i['c'])
-    def walk(name, sampler, d, path, x, wide=1, **how):
+    i, (plain, d, path, seen), out = g.inputs, guided_latents(g), {}
+    def walk(name, sampler, path, x, d=d, times='', wide=1, **how):
+        if name not in g.outputs: return
         seen.clear()
-        states = [x, *sampler(d, path, x, **how, **told)]
-        out.update({name: states[-1], f'{name}_trajectory': torch.stack(states)})
-        return torch.stack([t[:wide] for t in seen])
+        states = [x, *sampler(d, path, x, **how, context=i['c'])]
+        out.update({name: states[-1], f'{name}_trajectory': torch.stack(states), times: torch.stack([t[:wide] for t in seen])})
     for name in g.outputs:
         if re.fullmatch(r'ddim_eta[\d.]+', name):
-            walk(name, ddim.ddim, d, path, i['x_T'], noises=i['noises'], eta=float(name.removeprefix('ddim_eta')))
-    out['ddim_timesteps_seen'] = walk('ddim_noguide', ddim.ddim, plain, path, i['x_T'], len(i['x_T']))
-    out['plms_timesteps_seen'] = walk('plms', latent.plms, d, path, i['x_T'])
-    out['dpm_solver_timesteps_seen'] = walk('dpm_solver_pp_2m', latent.dpm_solver, d, latent.even_times(s, c['S']), i['x_T'])
-    k = int(i['t_enc'].flatten()[0])
-    out['stochastic_encode'] = ddpm.q_sample(i['x0'], path.at(torch.tensor([k])).ᾱ[0], i['enc_noise'])
-    walk('img2img_decode', ddim.ddim, d, path[-k:], out['stochastic_encode'])
+            walk(name, ddim.ddim, path, i['x_T'], noises=i['noises'], eta=float(name.removeprefix('ddim_eta')))
+    walk('ddim_noguide', ddim.ddim, path, i['x_T'], plain, 'ddim_timesteps_seen', len(i['x_T']))
+    walk('plms', latent.plms, path, i['x_T'], times='plms_timesteps_seen')
+    walk('dpm_solver_pp_2m', latent.dpm_solver, latent.even_times(d.schedule, g.config['S']), i['x_T'], times='dpm_solver_timesteps_seen')
+    if 't_enc' in i:
+        k = int(i['t_enc'].flatten()[0])
+        out['stochastic_encode'] = ddpm.q_sample(i['x0'], path.at(torch.tensor([k])).ᾱ[0], i['enc_noise'])
+        walk('img2img_decode', ddim.ddim, path[-k:], out['stochastic_encode'])
     return out
 
 
 @family('ldm_p_losses')
 def ldm_p_losses(g):
     "A constant model output; the reported bound, and the loss that the weights of both terms make"
-    i, c, s = g.inputs, g.config, latent.Schedule.scaled_linear()
+    i, c, s = g.inputs, g.config, latent_schedule(g.config)
     d = ddpm.Denoiser(None, s, c['parameterization'])
-    terms = {k: v.mean() for k, v in latent.latent_terms(d, i['model_output'], i['x_start'], i['noise'], i['t']).items()}
-    loss = c['l_simple_weight'] * terms['simple'] + c['original_elbo_weight'] * terms['vlb']
+    terms = latent.latent_terms(d, i['model_output'], i['x_start'], i['noise'], i['t'], c['loss_type'])
+    simple, vlb = (terms[k].mean() for k in ('simple', 'vlb'))
+    loss = c['l_simple_weight'] * simple + c['original_elbo_weight'] * vlb
     return {'x_noisy': ddpm.q_sample(i['x_start'], s.steps().at(i['t']).ᾱ, i['noise']), 'lvlb_weights': latent.lvlb_weights(d),
-            'loss': loss, 'dict/train_loss': loss, 'dict/train_loss_simple': terms['simple'], 'dict/train_loss_vlb': terms['vlb']}
+            'loss': loss, 'dict/train_loss': loss, 'dict/train_loss_simple': simple, 'dict/train_loss_vlb': vlb}
 
 
 @family('sd2_v_prediction')
 def sd2_v_prediction(g):
     "Velocities there and back, and DDIM on guided velocities"
-    i, c = g.inputs, g.config
-    s, model = latent.Schedule.scaled_linear(), formula(c['model'])
-    step = s.steps().at(i['t'])
-    d = ddpm.Denoiser(lambda x, t, context: model(x, t, c=context), s, 'v')
-    guided = d.guided(raw=cfg.classifier_free(c['scale'], context=i['uc']))
-    walk = {name: last(ddim.ddim(guided, latent.latent_path(s, int(name.removeprefix('ddim'))), i['x_T'], context=i['c']))
-            for name in g.outputs if name.startswith('ddim')}
+    i, (d, guided, path, _) = g.inputs, guided_latents(g, 'v')
+    step = d.schedule.steps().at(i['t'])
+    walk = {name: last(ddim.ddim(guided, path, i['x_T'], context=i['c'])) for name in g.outputs if name.startswith('ddim')}
     return walk | dict(get_v=d.target(i['x'], i['noise'], None, step), lvlb_weights=latent.lvlb_weights(d),
                        predict_start_from_z_and_v=ddpm.x0_from_v(i['x'], i['v'], step.ᾱ),
                        predict_eps_from_z_and_v=ddpm.eps_from_v(i['x'], i['v'], step.ᾱ))
