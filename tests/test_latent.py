@@ -1,0 +1,84 @@
+"""Latent diffusion: checkers that can fail, every released layout, files that are recognised or refused, and the small recipes
+
+Official outputs of the U-Nets are too large for the repository and are checked by `python -m tests.parity FOLDER`; for their mutations a
+golden is written by the package as it stands.
+"""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+from diffcourse import latent, layers
+from diffcourse.core import CourseError, Draws, generator
+from diffcourse.ddpm import Denoiser, Schedule
+from diffcourse.openai_unet import randomise
+from diffcourse.weights import layout
+from tests import parity
+
+GOLDEN = Path(__file__).parent / 'golden'
+HERE = ['ldm_samplers', 'ldm_p_losses', 'sd2_v_prediction', 'sdunclip_noise_aug']
+SIZES = dict(image_size=32, in_channels=4, out_channels=4, model_channels=64, attention_resolutions=[2], num_res_blocks=1,
+             channel_mult=[1, 1], use_spatial_transformer=True, transformer_depth=1, context_dim=12, legacy=False)
+KINDS = dict(sd1_unet=dict(SIZES, num_heads=4, use_checkpoint=False),
+             sd2_unet=dict(SIZES, num_head_channels=16, use_linear_in_transformer=True),
+             sd1_unet_upscaler=dict(SIZES, num_heads=2, num_classes=9, disable_self_attentions=[False, True]),
+             sd2_unet_unclip=dict(SIZES, num_head_channels=32, num_classes='sequential', adm_in_channels=10))
+
+
+@pytest.mark.parametrize('name', HERE)
+def test_meets_official(name):
+    v = parity.check(parity.Golden(GOLDEN / f'{name}.json'))
+    got, _, wanted, *_ = v.note.split()
+    assert v.word == 'passed' and got == wanted, parity.line(v)
+
+
+def other_adams(original): return (*original[:3], (55 / 24, -59 / 24, 37 / 24, -10 / 24))
+def one_guess(original): return ((1,), (1., 0.), (1., 0., 0.), (1., 0., 0., 0.))
+def to_clean_data(original): return lambda s, n: s.steps(range(1, s.T + 1, s.T // n))
+def from_zero(original): return lambda s, n: s.steps(range(0, s.T, s.T // n)[1:], final=float(s.alphas_cumprod[0]))
+def whole_numbers(original):
+    def even_times(s, n):
+        path = original(s, n)
+        path.table.t = path.table.t.round()
+        return path
+    return even_times
+def second_order_to_the_end(original): return lambda d, path, x, **k: latent.dpm_2m(d, path, x, **k)
+def own_first_weight(original): return lambda d: torch.cat([original(d)[:1] * 1.01, original(d)[1:]])
+def ones(original): return lambda d: torch.ones(d.schedule.T)
+def cos_last(original): return lambda t, dim: original(t, dim).roll(dim // 2, 1)
+def not_standardised(original):
+    def forward(self, z, level, noise):
+        self.data_mean, self.data_std = self.data_mean * 0, self.data_std * 0 + 1
+        return original(self, z, level, noise)
+    return forward
+
+
+@pytest.mark.parametrize('golden, where, name, change', [
+    ('ldm_samplers', latent, '_ADAMS', other_adams), ('ldm_samplers', latent, '_ADAMS', one_guess),
+    ('ldm_samplers', latent, 'latent_path', to_clean_data), ('ldm_samplers', latent, 'latent_path', from_zero),
+    ('ldm_samplers', latent, 'even_times', whole_numbers), ('ldm_samplers', latent, 'dpm_solver', second_order_to_the_end),
+    ('ldm_p_losses', latent, 'lvlb_weights', ones), ('ldm_p_losses', latent, 'lvlb_weights', own_first_weight),
+    ('sd2_v_prediction', latent, 'latent_path', to_clean_data), ('sd2_v_prediction', latent, 'lvlb_weights', own_first_weight),
+    ('sdunclip_noise_aug', latent, 'timestep_embedding', cos_last),
+    ('sdunclip_noise_aug', latent.NoiseAugmentation, 'forward', not_standardised)], ids=lambda v: getattr(v, '__name__', str(v)))
+def test_notices(golden, where, name, change, monkeypatch):
+    monkeypatch.setattr(where, name, change(getattr(where, name)))
+    assert parity.check(parity.Golden(GOLDEN / f'{golden}.json')).word == 'FAILED'
+
+
+def test_the_schedule_is_that_of_the_files(tmp_path, monkeypatch):
+    "Against plain arithmetic, and the check on it fails where the betas are evenly spaced themselves"
+    config = dict(sd=[.00085, .012])
+    β = torch.linspace(.00085 ** .5, .012 ** .5, 1000).double() ** 2
+    ᾱ = (1 - β).cumprod(0)
+    tensors = {'out/sd/alphas_cumprod': ᾱ.float(), 'out/sd/ddim50/timesteps': torch.arange(1, 1000, 20), 'out/sd/ddim30/timesteps':
+               torch.arange(1, 1001, 33), 'out/sd/ddim50/alphas_prev': torch.cat([ᾱ[:1], ᾱ[1:962:20]])}
+    (tmp_path / 'ldm_schedules.json').write_text(json.dumps(dict(name='ldm_schedules', config=config, rtol=1e-5, atol=1e-7)))
+    save_file(tensors, tmp_path / 'ldm_schedules.safetensors')
+    check = lambda: parity.check(parity.Golden(tmp_path / 'ldm_schedules.json'))
+    assert check().word == 'passed', parity.line(check())
+    monkeypatch.setattr(Schedule, 'scaled_linear', Schedule.linear)
+    assert check().word == 'FAILED'
