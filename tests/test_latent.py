@@ -82,3 +82,111 @@ def test_the_schedule_is_that_of_the_files(tmp_path, monkeypatch):
     assert check().word == 'passed', parity.line(check())
     monkeypatch.setattr(Schedule, 'scaled_linear', Schedule.linear)
     assert check().word == 'FAILED'
+
+
+# -------------------------------------------------------------------------------------------------------------- the U-Net
+
+@pytest.fixture(scope='module', params=list(KINDS))
+def unet_golden(request, tmp_path_factory):
+    folder, g, config = tmp_path_factory.mktemp('latent'), generator(0), KINDS[request.param]
+    given = dict(x=torch.randn(2, 4, 8, 8, generator=g), timesteps=torch.tensor([7, 700]), context=torch.randn(2, 5, 12, generator=g))
+    if 'adm_in_channels' in config: given['y'] = torch.randn(2, 10, generator=g)
+    elif 'num_classes' in config: given['y'] = torch.tensor([3, 8])
+    weights = parity.procedural(layout(latent.LatentUNet(**config)), 'salt/')
+    path = folder / f'{request.param}.json'
+    path.write_text(json.dumps(dict(name=request.param, config=config, rtol=1e-5, atol=2e-5)))
+    tensors = {f'weights/{k}': v for k, v in weights.items()} | {f'in/{k}': v for k, v in given.items()}
+    save_file(tensors, path.with_suffix('.safetensors'))
+    with torch.no_grad(): out = parity.checker(request.param)(parity.Golden(path))
+    save_file(tensors | {f'out/{k}': v.contiguous() for k, v in out.items()}, path.with_suffix('.safetensors'))
+    return path
+
+
+def gate_first(original):
+    def forward(self, x):
+        gate, value = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+    return forward
+
+
+def tanh_gelu(original):
+    def forward(self, x):
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate, approximate='tanh')
+    return forward
+
+
+def words_first(original):
+    def forward(self, x, context=None):
+        x = x + self.attn2(self.norm2(x), context)
+        x = x + self.attn1(self.norm1(x), None if self.self_attention else context)
+        return x + self.ff(self.norm3(x))
+    return forward
+
+
+def deaf(original):
+    def forward(self, x, context=None): return original(self, x, None if context is None else 0 * context)
+    return forward
+
+
+def no_input(original):
+    def forward(self, x, context=None): return original(self, x, context) - x
+    return forward
+
+
+def twice_the_heads(original): return lambda channels, *a: 2 * original(channels, *a)
+def columns_first(original):
+    def forward(self, x, context=None): return original(self, x.mT, context).mT
+    return forward
+
+
+CHANGES = [(latent.GEGLU, 'forward', gate_first), (latent.GEGLU, 'forward', tanh_gelu), (latent.SpatialTransformer, 'forward', deaf),
+           (latent.BasicTransformerBlock, 'forward', words_first), (latent.SpatialTransformer, 'forward', no_input),
+           (latent, 'count_heads', twice_the_heads)]
+
+
+@pytest.mark.parametrize('where, name, change', CHANGES, ids=lambda v: getattr(v, '__name__', str(v)))
+def test_a_changed_network_is_noticed(unet_golden, where, name, change, monkeypatch):
+    assert parity.check(parity.Golden(unet_golden)).word == 'passed'
+    monkeypatch.setattr(where, name, change(getattr(where, name)))
+    assert parity.check(parity.Golden(unet_golden)).word == 'FAILED'
+
+
+def test_order_of_the_pixels_does_not_matter_to_a_transformer(monkeypatch):
+    "No positions are given: only the convolutions around it know where a pixel is"
+    net = randomise(latent.SpatialTransformer(64, 4, 1, 12), generator(0)).eval()
+    x, c = torch.randn(2, 64, 4, 6, generator=generator(1)), torch.randn(2, 5, 12, generator=generator(2))
+    with torch.no_grad(): torch.testing.assert_close(columns_first(latent.SpatialTransformer.forward)(net, x, c), net(x, c))
+
+
+def test_norms_of_the_transformer():
+    t = latent.SpatialTransformer(64, 4, 2, 12, linear=True)
+    assert t.norm.eps == 1e-6 and {n.eps for b in t.transformer_blocks for n in (b.norm1, b.norm2, b.norm3)} == {1e-5}
+    assert isinstance(t.proj_in, torch.nn.Linear) and len(t.transformer_blocks) == 2
+    x = torch.randn(1, 64, 2, 2)
+    assert torch.equal(t(x, torch.randn(1, 3, 12)), x)             # fresh, it changes nothing
+
+
+def test_both_head_conventions_and_both_projections_can_agree():
+    "SD 1 counts heads, SD 2 their channels; SD 1 projects with 1×1 convolutions, SD 2 with linear layers"
+    one = randomise(latent.LatentUNet(**KINDS['sd1_unet']), generator(0)).eval()
+    two = latent.LatentUNet(**KINDS['sd2_unet']).eval()
+    two.load_state_dict({k: v.reshape(two.state_dict()[k].shape) for k, v in one.state_dict().items()})
+    x, t, c = torch.randn(2, 4, 8, 8), torch.tensor([1, 500]), torch.randn(2, 5, 12)
+    with torch.no_grad(): torch.testing.assert_close(one(x, t, c), two(x, t, c), rtol=1e-4, atol=1e-4)
+    eight = latent.LatentUNet(**KINDS['sd1_unet'] | dict(num_heads=8)).eval()
+    eight.load_state_dict(one.state_dict())
+    with torch.no_grad(): assert (eight(x, t, c) - one(x, t, c)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize('given, word', [(dict(), 'context'), (dict(context=torch.zeros(2, 5, 11)), '12'),
+                                         (dict(context=torch.zeros(3, 5, 12)), '2 pictures')])
+def test_contexts_are_checked(given, word):
+    net = latent.LatentUNet(**KINDS['sd1_unet'])
+    with pytest.raises(CourseError, match=word): net(torch.zeros(2, 4, 8, 8), torch.tensor([1, 2]), **given)
+
+
+def test_vectors_are_checked():
+    net = latent.LatentUNet(**KINDS['sd2_unet_unclip'])
+    with pytest.raises(CourseError, match='vectors y'):
+        net(torch.zeros(2, 4, 8, 8), torch.tensor([1, 2]), torch.zeros(2, 5, 12), torch.zeros(2, 9))
