@@ -190,3 +190,137 @@ def test_vectors_are_checked():
     net = latent.LatentUNet(**KINDS['sd2_unet_unclip'])
     with pytest.raises(CourseError, match='vectors y'):
         net(torch.zeros(2, 4, 8, 8), torch.tensor([1, 2]), torch.zeros(2, 5, 12), torch.zeros(2, 9))
+
+
+# ------------------------------------------------------------------------------------------------------- released files
+
+@pytest.mark.parametrize('name', latent.released())
+def test_layout(name):
+    "Every released denoiser, key for key, without its memory; `from_official` itself compares"
+    model = latent.from_official(name.replace('/', '__'), 'meta')
+    assert sum(p.numel() for p in model.parameters()) == layers.official_schema(name)['n_params']
+    d = latent.official_denoiser(model)
+    assert d.schedule.T == 1000 and d.parameterization == ('v' if name.split('/')[0] in V_MODELS else 'eps')
+
+
+V_MODELS = {'sd-v2-v', 'sd-v21-unclip-h', 'sd-v21-unclip-l', 'sd-x4-upscaling'}
+
+
+def test_there_are_twenty_one_of_them(): assert len(latent.released()) == 21 and 'ldm-cin256-v2/unet' in latent.released()
+
+
+def test_unknown_name():
+    with pytest.raises(CourseError, match='sd-v3/unet.*known: .*sd-v1/unet'): latent.from_official('sd-v3/unet')
+
+
+def whole(name):
+    "A released file of a whole model, without memory"
+    state = {k: torch.empty(s, device='meta') for k, s in layers.official_schema(name)['state_dict'].items()}
+    return {latent.PREFIX + k: v for k, v in state.items()} | {'first_stage_model.encoder.conv_in.weight': torch.empty(1),
+                                                               'betas': torch.empty(1000), 'model_ema.decay': torch.empty(1)}
+
+
+@pytest.mark.parametrize('file, holds, want', [('v1-5-pruned.ckpt', 'sd-v1/unet', 'sd-v1/unet'),
+                                              ('v2-1_512-ema-pruned.ckpt', 'sd-v2-base/unet', 'sd-v2-base/unet'),
+                                              ('v2-1_768-ema-pruned.ckpt', 'sd-v2-base/unet', 'sd-v2-v/unet'),
+                                              ('sd21-unclip-l.ckpt', 'sd-v21-unclip-l/unet', 'sd-v21-unclip-l/unet')])
+def test_files_are_recognised(file, holds, want, monkeypatch):
+    build = latent.from_official
+    monkeypatch.setattr(latent, 'from_official', lambda name: build(name, 'meta'))
+    monkeypatch.setattr(latent, 'read_official', lambda path: whole(holds))
+    monkeypatch.setattr(latent, 'load_strict', lambda model, state, where: model if layout(model) == layout(state) else None)
+    model = latent.load_official(file)
+    assert model.official == want and not model.training
+
+
+def test_a_damaged_file_is_refused(monkeypatch):
+    state = whole('sd-v1/unet')
+    del state[latent.PREFIX + 'out.2.bias']
+    monkeypatch.setattr(latent, 'read_official', lambda path: state)
+    with pytest.raises(CourseError, match='(?s)no released model.*sd-v1/unet.*out.2.bias'): latent.load_official('x.ckpt')
+
+
+# -------------------------------------------------------------------------------------------------------- the small recipes
+
+CAPTIONS = ['a red circle on a white background', 'a blue square on a white background']
+
+
+def small():
+    "A network with random numbers everywhere"
+    return randomise(latent.small_unet('shapes'), generator(0)).eval()
+
+
+def test_sizes():
+    n = {k: sum(p.numel() for p in latent.small_unet(k).parameters()) for k in latent.STAGES}
+    assert n == dict(emoji=956_964, shapes=354_324)
+
+
+def test_clouds_are_the_first_stage_s():
+    stage, x = latent.stage_of('shapes'), torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+    mean, std = latent.clouds(stage, x, size=2).chunk(2, 1)
+    q = stage.encode(x / 127.5 - 1)
+    torch.testing.assert_close(mean, q.mean * stage.scale, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(std, q.std * stage.scale, rtol=1e-3, atol=1e-4)
+
+
+def test_words_are_those_of_clip():
+    found = latent.words([*CAPTIONS, ''], 'shapes', size=2)
+    want = latent.world('shapes').read([*CAPTIONS, ''])['text_enc']
+    assert found.dtype == torch.float16 and found.shape == (3, 24, 96)
+    torch.testing.assert_close(found.float(), want, rtol=1e-2, atol=5e-3)
+
+
+def batch():
+    x = torch.randn(6, 8, 8, 8, generator=generator(1))
+    return dict(x=torch.cat([x[:, :4], x[:, 4:].exp()], 1), context=latent.words(CAPTIONS * 3, 'shapes'))
+
+
+def test_the_loss_by_hand():
+    "Drawn latents, v, and the weight min(1, 5 (1 − ᾱ)), in the order of the draws"
+    net, d, b = small(), latent.latent_denoiser(None), batch()
+    got = latent.loss_latent(d, 'shapes', p=0.)(net, b, Draws(0, 3))
+    draws = Draws(0, 3)
+    z = b['x'][:, :4] + b['x'][:, 4:] * draws.normal(6, 4, 8, 8)
+    draws.uniform(6)
+    t, noise = draws.integers(1000, 6), draws.normal(6, 4, 8, 8)
+    a = d.schedule.alphas_cumprod[t].float()[:, None, None, None]
+    v = a.sqrt() * noise - (1 - a).sqrt() * z
+    wrong = (net(a.sqrt() * z + (1 - a).sqrt() * noise, t, b['context'].float()) - v) ** 2
+    torch.testing.assert_close(got, (wrong * (5 * (1 - a)).clamp(max=1)).mean(), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_dropped_caption_is_the_empty_one():
+    net, b = small(), batch()
+    b['context'] = 30 * b['context']
+    loss = lambda p, b: float(latent.loss_latent(latent.latent_denoiser(None), 'shapes', p=p)(net, b, Draws(0, 0)))
+    silent = dict(b, context=latent.words([''] * 6, 'shapes'))
+    assert abs(loss(1., b) - loss(0., silent)) < 1e-4 < 1e-3 < abs(loss(0., b) - loss(1., b))
+
+
+def test_only_v_is_trained():
+    with pytest.raises(CourseError, match='trains v, not eps'): latent.loss_latent(Denoiser(None, Schedule.linear()), 'shapes')
+
+
+def test_pictures_for_captions():
+    draw = latent.ldm_shapes.sample
+    x = draw(small(), 3, 5, steps=2, prompt=CAPTIONS)
+    assert x.shape == (3, 3, 32, 32) and x.abs().max() <= 1
+    assert torch.equal(x, draw(small(), 3, 5, steps=2, prompt=CAPTIONS))
+    assert not torch.equal(x, draw(small(), 3, 6, steps=2, prompt=CAPTIONS))
+    assert not torch.equal(x[0], draw(small(), 1, 5, steps=2, prompt=CAPTIONS[1])[0])
+
+
+def test_a_negative_prompt_takes_the_place_of_the_empty_caption():
+    z = lambda **how: latent.text_to_latents(small(), CAPTIONS[:1], 'shapes', 1, steps=2, **how)
+    assert torch.equal(z(), z(avoid='')) and not torch.allclose(z(), z(avoid=CAPTIONS[1]), atol=1e-3)
+    torch.testing.assert_close(z(avoid=CAPTIONS[0], scale=7.), z(scale=1.), rtol=1e-3, atol=1e-3)   # away from itself: no guidance
+
+
+def test_training_on_untrained_latents_is_refused(monkeypatch):
+    monkeypatch.setattr(latent, 'shipped', lambda name: False)
+    with pytest.raises(CourseError, match='kl_shapes has no weights yet'): latent._told('shapes', 'laptop', None, None)
+
+
+def test_unknown_first_stage():
+    with pytest.raises(CourseError, match='emoji or shapes'): latent.stage_of('faces')
