@@ -5,13 +5,17 @@
 # %% auto #0
 __all__ = ['STAGES', 'ldm_emoji', 'ldm_shapes', 'PREFIX', 'CrossAttention', 'GEGLU', 'FeedForward', 'BasicTransformerBlock',
            'SpatialTransformer', 'LatentConfig', 'LatentUNet', 'latent_path', 'plms', 'even_times', 'dpm_solver',
-           'lvlb_weights', 'latent_terms', 'NoiseAugmentation', 'stage_of', 'clouds', 'words', 'latent_denoiser',
-           'loss_latent', 'text_to_latents', 'text_to_image', 'evaluate_scenes', 'small_unet', 'emoji_told',
-           'scenes_told', 'released', 'from_official', 'official_denoiser', 'unet_tensors', 'load_official']
+           'stochastic_encode', 'lvlb_weights', 'latent_terms', 'NoiseAugmentation', 'stage_of', 'clouds', 'words',
+           'latent_denoiser', 'loss_latent', 'guided', 'walk', 'text_to_latents', 'text_to_image', 'evaluate_scenes',
+           'evaluate_emoji', 'small_unet', 'emoji_told', 'scenes_told', 'released', 'from_official',
+           'official_denoiser', 'unet_tensors', 'load_official', 'WordAttention', 'WordMLP', 'BERTEncoder',
+           'attention_maps', 'word_maps']
 
-# %% ../nbs/16a_latent.ipynb #31a891db
+# %% ../nbs/16a_latent.ipynb #1d842244
+import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,17 +25,18 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-# %% ../nbs/16a_latent.ipynb #30ee0b0c
+# %% ../nbs/16a_latent.ipynb #ad0ad05d
 from . import data
+from .adm import adm_classifier, emoji_kinds
 from .cfg import classifier_free, drop_conditions
 from .clip import tokens_of
-from .core import default_device, require, to_float
+from .core import default_device, generator, require, to_float
 from .dalle import ASKED
 from .dalle2 import nothing_said, world
 from .ddim import ddim, dpm_2m, needs_score, noise_source
 from .ddpm import Denoiser, Path as Steps, Schedule, Step, device_of, q_sample, sample, x0_from_eps
 from .first_stage import FirstStage, kl_emoji, kl_shapes
-from .glide import (EMOJI_ASKED, Watched, scene_hits, share_interval, shifted_cosine, told_scenes,
+from .glide import (EMOJI_ASKED, Watched, kinds_read, scene_hits, share_interval, shifted_cosine, told_scenes,
                               unseen_captions)
 from .layers import (attention, group_norm, official_names, official_schema, read_official,
                                timestep_embedding, zero_init)
@@ -60,6 +65,17 @@ class CrossAttention(nn.Module):
         "Every position of x takes what it needs from the context (@eq-latent-cross)"
         context = x if context is None else context
         return self.to_out(attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
+
+# %% ../nbs/16a_latent.ipynb #2ff47124
+@patch
+def weights(self: CrossAttention,
+    x: Tensor,                      # (B, L, query_dim)
+    context: Tensor | None = None,  # (B, S, context_dim); None: x
+) -> Tensor:                        # (B, heads, L, S), each row sums to 1
+    "How much each position takes from each position of the context"
+    cut = lambda v: v.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    q, k = cut(self.to_q(x)), cut(self.to_k(x if context is None else context))
+    return (q @ k.mT / q.shape[-1] ** .5).softmax(-1)
 
 # %% ../nbs/16a_latent.ipynb #4867aabe
 class GEGLU(nn.Module):
@@ -285,6 +301,17 @@ def dpm_solver(
     for x in dpm_2m(denoiser, steps[:cut], x, **cond): yield x
     yield from ddim(denoiser, steps[cut:], x, **cond)
 
+# %% ../nbs/16a_latent.ipynb #fdf63177
+def stochastic_encode(
+    path: Steps,     # of a sampler
+    x0: Tensor,      # clean latents, (B, ...)
+    n: int,          # how many of the path's steps shall be walked back
+    noise: Tensor,   # the shape of x0
+) -> Tensor:         # noisy latents, where to start
+    "Forget part of a picture (img2img); as in the released code, at the level of one step more than is walked back"
+    require(0 <= n < len(path), f'n must lie in [0, {len(path)}) on this path, got {n}')
+    return q_sample(x0, path.table.ᾱ[n], noise)
+
 # %% ../nbs/16a_latent.ipynb #5b0a26d2
 def lvlb_weights(
     denoiser: Denoiser,  # schedule and parameterisation
@@ -416,24 +443,48 @@ def _silence(kind, device):
     "What the empty caption says, (1, L, width), on a device"
     return nothing_said(kind)['text_enc'].to(device)
 
-# %% ../nbs/16a_latent.ipynb #87063366
+# %% ../nbs/16a_latent.ipynb #a3f71a63
+def guided(
+    model: LatentUNet,        # trained
+    captions: Sequence[str],  # one for each picture
+    kind: str,                # 'emoji' or 'shapes'
+    scale: float = 1.,        # s of classifier-free guidance; 1: none
+    avoid: str = '',          # what guidance leads away from: a negative prompt
+) -> tuple:                   # the captions' context (B, L, width), `Denoiser`
+    "A network that is told captions and led away from another one"
+    told, other = (words(v, kind).float().to(device_of(model)) for v in (captions, [avoid]))
+    return told, latent_denoiser(model).guided(raw=classifier_free(scale, context=other))
+
+def walk(
+    denoiser: Denoiser,        # network and conventions, perhaps guided
+    path: Iterable[Step],      # from where `x` is
+    x: Tensor,                 # where to start, (B, ...)
+    sampler: Callable = ddim,  # (denoiser, path, x, gen, **cond) → states
+    seed: int = 0,             # of the noise, if the sampler adds any
+    **cond,                    # conditions for the network
+) -> Tensor:                   # where the path ends
+    "Sampling from a given start"
+    for x in sampler(denoiser, path, x, generator(seed, x.device), **cond): pass
+    return x
+
+# %% ../nbs/16a_latent.ipynb #dff970ba
+@torch.no_grad()
 def text_to_latents(
     model: LatentUNet,              # trained
     captions: Sequence[str],        # one for each picture; '' for whatever comes
     kind: str,                      # 'emoji' or 'shapes'
     seed: int = 0,                  # of the noise
     scale: float = 3.,              # s of classifier-free guidance; 1: none
-    steps=25,                       # of the sampler, as `Schedule.respaced` takes them, or a path
+    steps=25,                       # of the sampler, as `Schedule.respaced` takes them, or a sequence of `Step`s
     avoid: str = '',                # what guidance leads away from: a negative prompt
-    sampler: Callable = ddim,       # or another
+    sampler: Callable = ddim,       # or `plms`, `dpm_2m`, `keeping(…)`
+    start: Tensor | None = None,    # begin with this instead of noise, (B, C, h, w)
     show: bool | None = False,      # draw a bar?
-    **hooks,                        # for `Denoiser.guided`
 ) -> Tensor:                        # scaled latents, (B, C, h, w)
     "Latents for captions"
-    device, c = device_of(model), model.config
-    told, other = (words(v, kind).float().to(device) for v in (captions, [avoid]))
-    d = latent_denoiser(model).guided(raw=classifier_free(scale, context=other), **hooks)
-    path = Watched(steps if isinstance(steps, Steps) else d.schedule.respaced(steps), show)
+    (told, d), c = guided(model, captions, kind, scale, avoid), model.config
+    path = Watched(d.schedule.respaced(steps) if isinstance(steps, (int, str)) else steps, show)
+    if start is not None: return walk(d, path, start.to(told), sampler, seed, context=told)
     return sample(d, (len(captions), c.in_channels, c.image_size, c.image_size), path, seed, sampler, context=told)
 
 # %% ../nbs/16a_latent.ipynb #f2c65fb8
@@ -473,6 +524,26 @@ def evaluate_scenes(
         hits = scene_hits(captions, text_to_image(model, captions, 'shapes', seed, **how))
         for k in hits:
             if k != 'scene': out[f'{kind}_{k}'], *out[f'{kind}_{k}_95'] = (round(v, 4) for v in share_interval(hits[k]))
+    return out | {'n': n}
+
+# %% ../nbs/16a_latent.ipynb #b2df7a0b
+def evaluate_emoji(
+    model: LatentUNet,    # `ldm_emoji`'s network
+    n: int = 64,          # captions of each kind
+    seed: int = 10_000,   # of the noise
+    **how,                # for `text_to_image`: scale, steps, …
+) -> dict:                # shares of pictures whose kind and style a classifier of small emoji recognises
+    "Pairs of concept and style seen in training, apart from those never seen; copies show what decoding alone costs"
+    judge, out = load_weights('adm_classifier', adm_classifier.model()).eval(), {}
+    stage = stage_of('emoji')
+    for name, split in (('seen', 'train'), ('held_out', 'test')):
+        e = emoji_kinds(split, 64)
+        chosen = e.subset(torch.randperm(len(e), generator=generator(5))[:n])
+        with torch.no_grad(): copies = stage(to_float(chosen.images).to(device_of(stage)))
+        for what, x in (('', text_to_image(model, chosen.captions, 'emoji', seed, **how)), ('_copied', copies)):
+            said = kinds_read(F.avg_pool2d(x.cpu(), 2), judge)
+            out[f'{name}_kind{what}'] = float((said // 3 == chosen.labels // 3).double().mean())
+            out[f'{name}_style{what}'] = float((said % 3 == chosen.labels % 3).double().mean())
     return out | {'n': n}
 
 # %% ../nbs/16a_latent.ipynb #f247f0a9
@@ -516,7 +587,7 @@ def _budgets(laptop, gpu, lr):
 ldm_emoji = register(Recipe(
     'ldm_emoji', 'latent diffusion of emoji by name and style, 64×64 through 16×16×4',
     data=emoji_told, model=lambda: small_unet('emoji'), loss=loss_latent(latent_denoiser(None), 'emoji'),
-    settings=_budgets(2500, 6000, 1e-3), sample=_sampler('emoji', EMOJI_ASKED)))
+    settings=_budgets(2500, 6000, 1e-3), sample=_sampler('emoji', EMOJI_ASKED), evaluate=evaluate_emoji))
 ldm_shapes = register(Recipe(
     'ldm_shapes', 'latent diffusion of scenes with one or two shapes, 32×32 through 8×8×4',
     data=scenes_told, model=lambda: small_unet('shapes'), loss=loss_latent(latent_denoiser(None), 'shapes'),
@@ -569,3 +640,82 @@ def load_official(
         name = which_release(state, str(path), released())
         if name == 'sd-v2-base/unet' and '768' in Path(path).stem: name = 'sd-v2-v/unet'   # one layout, two meanings
     return load_strict(from_official(name), state, str(path)).eval()
+
+# %% ../nbs/16a_latent.ipynb #147198cb
+class WordAttention(nn.Module):
+    "Attention of the BERT-like text encoder: heads of 64 channels whatever the width"
+    def __init__(self,
+        width: int,  # of the stream
+        heads: int,  # each of 64 channels
+    ):
+        super().__init__()
+        self.heads, inner = heads, 64 * heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, inner, bias=False) for _ in range(3))
+        self.to_out = nn.Linear(inner, width)
+
+    def forward(self,
+        x: Tensor,  # (B, L, width)
+    ) -> Tensor:    # (B, L, width)
+        "Every word asks every word"
+        return self.to_out(attention(self.to_q(x), self.to_k(x), self.to_v(x), self.heads))
+
+class WordMLP(nn.Module):
+    "Linear, GELU, linear, under the released names"
+    def __init__(self,
+        width: int,  # in and out; four times as wide in between
+    ):
+        super().__init__()
+        first = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU())
+        self.net = nn.Sequential(first, nn.Dropout(0.), nn.Linear(4 * width, width))
+
+    def forward(self, x): return self.net(x)
+
+# %% ../nbs/16a_latent.ipynb #bb41a70c
+class BERTEncoder(nn.Module):
+    "The text encoder that LDM trained together with its text-to-image model, before Stable Diffusion took CLIP's"
+    def __init__(self,
+        num_tokens: int,   # of the vocabulary
+        max_seq_len: int,  # positions
+        dim: int,          # width of the stream
+        depth: int,        # pairs of attention and small network
+        heads: int = 8,    # of each attention
+    ):
+        super().__init__()
+        self.token_emb, self.pos_emb = nn.Embedding(num_tokens, dim), nn.Module()
+        self.pos_emb.emb = nn.Embedding(max_seq_len, dim)
+        parts = [part for _ in range(depth) for part in (WordAttention(dim, heads), WordMLP(dim))]
+        self.attn_layers = nn.Module()
+        self.attn_layers.layers = nn.ModuleList(nn.ModuleList([nn.LayerNorm(dim), part]) for part in parts)
+        self.norm, self.to_logits = nn.LayerNorm(dim), nn.Linear(dim, num_tokens)
+
+    def forward(self,
+        tokens: Tensor,  # (B, L)
+    ) -> Tensor:         # (B, L, dim): what every word means here; padding is not hidden
+        "Words and positions through all layers"
+        x = self.token_emb(tokens) + self.pos_emb.emb(torch.arange(tokens.shape[1], device=tokens.device))
+        for norm, part in self.attn_layers.layers: x = x + part(norm(x))
+        return self.norm(x)
+
+# %% ../nbs/16a_latent.ipynb #20130caf
+@contextmanager
+def attention_maps(
+    net: nn.Module,  # with `CrossAttention`s that read words
+):                   # a list that fills with one (B, heads, H·W, S) for every layer and call
+    "Note how every place divides its attention among the words, while the block lasts"
+    maps, layers = [], [m.attn2 for m in net.modules() if isinstance(m, BasicTransformerBlock)]
+    hooks = [m.register_forward_pre_hook(lambda m, given: maps.append(m.weights(*given).detach())) for m in layers]
+    try: yield maps
+    finally:
+        for h in hooks: h.remove()
+
+def word_maps(
+    maps: list,  # from `attention_maps`, after one call of the network
+    size: int,   # height of the result
+) -> Tensor:     # (B, S, size, size), mean over layers and heads
+    "One map of places for every word"
+    out = []
+    for m in maps:
+        m = m.float().mean(1).transpose(1, 2)
+        side = math.isqrt(m.shape[-1])
+        out.append(F.interpolate(m.unflatten(-1, (side, side)), (size, size), mode='nearest'))
+    return torch.stack(out).mean(0)

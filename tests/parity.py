@@ -774,7 +774,7 @@ def ldm_samplers(g):
     walk('dpm_solver_pp_2m', latent.dpm_solver, latent.even_times(d.schedule, g.config['S']), i['x_T'], times='dpm_solver_timesteps_seen')
     if 't_enc' in i:
         k = int(i['t_enc'].flatten()[0])
-        out['stochastic_encode'] = ddpm.q_sample(i['x0'], path.at(torch.tensor([k])).ᾱ[0], i['enc_noise'])
+        out['stochastic_encode'] = latent.stochastic_encode(path, i['x0'], k, i['enc_noise'])
         walk('img2img_decode', ddim.ddim, path[-k:], out['stochastic_encode'])
     return out
 
@@ -810,6 +810,10 @@ def sdunclip_noise_aug(g):
     y = net(i['emb'], i['noise_level'], i['noise'])
     z, level = y.split([i['emb'].shape[1], c['timestep_dim']], 1)
     return dict(adm_y=y, z=z, level_emb=level)
+
+
+@family('ldm_bert_xtransformer')
+def ldm_bert(g): return dict(embeddings=layers.load_strict(latent.BERTEncoder(**g.config), g.weights()).eval()(**g.inputs))
 
 
 @family('lit_ema')

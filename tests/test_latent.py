@@ -192,6 +192,54 @@ def test_vectors_are_checked():
         net(torch.zeros(2, 4, 8, 8), torch.tensor([1, 2]), torch.zeros(2, 5, 12), torch.zeros(2, 9))
 
 
+def test_shares_of_words_add_up_and_make_the_answer():
+    layer = randomise(latent.CrossAttention(16, 12, 4), generator(0)).eval()
+    x, words = torch.randn(2, 9, 16, generator=generator(1)), torch.randn(2, 5, 12, generator=generator(2))
+    with torch.no_grad():
+        w, v = layer.weights(x, words), layer.to_v(words).unflatten(-1, (4, -1)).transpose(1, 2)
+        torch.testing.assert_close(layer.to_out((w @ v).transpose(1, 2).flatten(2)), layer(x, words))
+    assert w.shape == (2, 4, 9, 5) and torch.allclose(w.sum(-1), torch.ones(2, 4, 9))
+
+
+def test_maps_are_noted_while_the_block_lasts():
+    net, x, t, c = latent.LatentUNet(**KINDS['sd1_unet']).eval(), torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.randn(2, 5, 12)
+    with torch.no_grad(), latent.attention_maps(net) as maps: net(x, t, c)
+    net(x, t, c)
+    assert len(maps) == 4 and {m.shape for m in maps} == {(2, 4, 16, 5)}
+    found = latent.word_maps(maps, 8)
+    assert found.shape == (2, 5, 8, 8) and torch.allclose(found.sum(1), torch.ones(2, 8, 8))
+
+
+# ------------------------------------------------------------------------------------------------------------- the words
+
+BERT = dict(num_tokens=30, max_seq_len=9, dim=32, depth=2, heads=2)
+
+
+def test_layout_of_the_word_encoder():
+    with torch.device('meta'): net = latent.BERTEncoder(30522, 77, 1280, 32)
+    assert layout(net) == layout(layers.official_schema('ldm-txt2img-1p4B/bert_transformer')['state_dict'])
+
+
+def tanh(original): return lambda x, **how: original(x, approximate='tanh')
+def causal(original): return lambda q, k, v, heads: original(q, k, v, heads, causal=True)
+def wider_heads(original): return lambda q, k, v, heads: original(q, k, v, 1)
+
+
+@pytest.mark.parametrize('where, name, change', [(F, 'gelu', tanh), (latent, 'attention', causal), (latent, 'attention', wider_heads)],
+                         ids=lambda v: getattr(v, '__name__', str(v)))
+def test_a_changed_word_encoder_is_noticed(where, name, change, tmp_path, monkeypatch):
+    path, tokens = tmp_path / 'ldm_bert_xtransformer.json', torch.randint(0, 30, (2, 9), generator=generator(0))
+    path.write_text(json.dumps(dict(name='ldm_bert_xtransformer', config=BERT, rtol=1e-5, atol=2e-5)))
+    weights = parity.procedural(layout(latent.BERTEncoder(**BERT)), 'salt/')
+    tensors = {f'weights/{k}': v for k, v in weights.items()} | {'in/tokens': tokens}
+    save_file(tensors, path.with_suffix('.safetensors'))
+    with torch.no_grad(): out = parity.checker('ldm_bert_xtransformer')(parity.Golden(path))
+    save_file(tensors | {'out/embeddings': out['embeddings']}, path.with_suffix('.safetensors'))
+    assert parity.check(parity.Golden(path)).word == 'passed'
+    monkeypatch.setattr(where, name, change(getattr(where, name)))
+    assert parity.check(parity.Golden(path)).word == 'FAILED'
+
+
 # ------------------------------------------------------------------------------------------------------- released files
 
 @pytest.mark.parametrize('name', latent.released())
