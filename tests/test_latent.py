@@ -57,7 +57,7 @@ def not_standardised(original):
 
 
 @pytest.mark.parametrize('golden, where, name, change', [
-    ('ldm_samplers', latent, '_ADAMS', other_adams), ('ldm_samplers', latent, '_ADAMS', one_guess),
+    ('ldm_samplers', latent, 'ADAMS', other_adams), ('ldm_samplers', latent, 'ADAMS', one_guess),
     ('ldm_samplers', latent, 'latent_path', to_clean_data), ('ldm_samplers', latent, 'latent_path', from_zero),
     ('ldm_samplers', latent, 'even_times', whole_numbers), ('ldm_samplers', latent, 'dpm_solver', second_order_to_the_end),
     ('ldm_p_losses', latent, 'lvlb_weights', ones), ('ldm_p_losses', latent, 'lvlb_weights', own_first_weight),
@@ -312,7 +312,7 @@ def test_clouds_are_the_first_stage_s():
 
 
 def test_words_are_those_of_clip():
-    found = latent.words([*CAPTIONS, ''], 'shapes', size=2)
+    found = latent.read_words([*CAPTIONS, ''], 'shapes', size=2)
     want = latent.world('shapes').read([*CAPTIONS, ''])['text_enc']
     assert found.dtype == torch.float16 and found.shape == (3, 24, 96)
     torch.testing.assert_close(found.float(), want, rtol=1e-2, atol=5e-3)
@@ -320,7 +320,7 @@ def test_words_are_those_of_clip():
 
 def batch():
     x = torch.randn(6, 8, 8, 8, generator=generator(1))
-    return dict(x=torch.cat([x[:, :4], x[:, 4:].exp()], 1), context=latent.words(CAPTIONS * 3, 'shapes'))
+    return dict(x=torch.cat([x[:, :4], x[:, 4:].exp()], 1), context=latent.read_words(CAPTIONS * 3, 'shapes'))
 
 
 def test_the_loss_by_hand():
@@ -342,7 +342,7 @@ def test_a_dropped_caption_is_the_empty_one():
     net, b = small(), batch()
     b['context'] = 30 * b['context']
     loss = lambda p, b: float(latent.loss_latent(latent.latent_denoiser(None), 'shapes', p=p)(net, b, Draws(0, 0)))
-    silent = dict(b, context=latent.words([''] * 6, 'shapes'))
+    silent = dict(b, context=latent.read_words([''] * 6, 'shapes'))
     assert abs(loss(1., b) - loss(0., silent)) < 1e-4 < 1e-3 < abs(loss(0., b) - loss(1., b))
 
 
