@@ -671,9 +671,9 @@ def _told(kind, level, images, captions):
 def emoji_told(
     level: str,  # a budget
 ) -> dict:       # 'x' from `clouds`, 'context' from `read_words`
-    "Emoji and their names; a sixteenth of them for a smoke test"
-    emoji = data.emoji('train')
-    keep = range(0, len(emoji), 16 if level == 'smoke' else 1)
+    "Emoji and their names: some for a smoke test, six kinds on a CPU, all on a GPU"
+    emoji = data.emoji('train') if level == 'gpu' else emoji_kinds('train', 64)
+    keep = range(0, len(emoji), 4 if level == 'smoke' else 1)
     return _told('emoji', level, emoji.images[keep], [emoji.captions[i] for i in keep])
 
 def scenes_told(
