@@ -702,9 +702,9 @@ def emoji_data(
 
 # %% ../nbs/08_ddpm.ipynb #852499de
 ddpm_emoji = register(Recipe(
-    'ddpm_emoji', 'DDPM on emoji, 32×32 in colour, 0.8 M parameters, predicts v',
+    'ddpm_emoji', 'DDPM on emoji, 32×32 in colour, 1.5 M parameters, predicts v',
     data=emoji_data,
-    model=lambda: UNet(3, channels=16, multipliers=(1, 3, 4), blocks=1, attention_resolutions=(8,),
+    model=lambda: UNet(3, channels=16, multipliers=(1, 3, 6), blocks=1, attention_resolutions=(8,),
                        image_size=32, groups=8),
     loss=loss_simple(picture_denoiser(None, parameterization='v')),
     settings=dict(smoke=dict(steps=25, batch_size=16, lr=1e-3, warmup=5),

@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffcourse import (adm, cfg, clip, ddim, ddpm, dvae, edit, first_stage, glide, iddpm, inception, layers,
+from diffcourse import (adm, cfg, clip, ddim, ddpm, dvae, edit, first_stage, glide, iddpm, inception, latent, layers,
                         metrics, openai_unet, priors, scores, train, unclip, unet, vae, vqvae, vqvae2)
 from diffcourse.core import CourseError, require
 
@@ -429,50 +429,6 @@ def sampling_loops(g):
     return out
 
 
-def latent_schedule(c):
-    "Latent diffusion's schedule: betas evenly spaced in their square roots; and DDIM's path on it, which ends at the first ᾱ instead of 1"
-    start, end, T = (float(v) for v in (c.get('linear_start', .00085), c.get('linear_end', .012), c.get('T', 1000)))
-    s = ddpm.Schedule(torch.linspace(start ** .5, end ** .5, int(T), dtype=torch.float64) ** 2)
-    kept = [t + 1 for t in range(0, int(T), int(T) // c['S'])]
-    return s, s.steps(kept, final=float(s.alphas_cumprod[0]))
-
-
-def guided_latents(g, parameterization='eps'):
-    "Latent diffusion's denoiser with a closed-form model, guided by an unconditional context; its path; the times it was told"
-    i, c, seen = g.inputs, g.config, []
-    s, path = latent_schedule(c)
-    model = formula(c['model'])
-    def net(x, t, context):
-        seen.append(t[:len(i['x_T'])])
-        return model(x, t, c=context)
-    scale = float(c.get('unconditional_guidance_scale', c.get('scale')))
-    d = ddpm.Denoiser(net, s, parameterization)
-    return d, d.guided(raw=cfg.classifier_free(scale, context=i['uc'])), path, seen
-
-
-@family('ldm_samplers')
-def ldm_samplers(g):
-    "Loops of latent diffusion's DDIM with classifier-free guidance; PLMS, the continuous DPM-Solver and img2img come with that chapter"
-    i, (plain, guided, path, seen), out = g.inputs, guided_latents(g), {}
-    for name in g.outputs:
-        if name.startswith('ddim_eta') and not name.endswith('_trajectory'):
-            seen.clear()
-            states = list(ddim.ddim(guided, path, i['x_T'], noises=i['noises'], eta=float(name.removeprefix('ddim_eta')), context=i['c']))
-            out |= {name: states[-1], f'{name}_trajectory': torch.stack([i['x_T'], *states]), 'ddim_timesteps_seen': torch.stack(seen).float()}
-    if 'ddim_noguide' in g.outputs: out['ddim_noguide'] = last(ddim.ddim(plain, path, i['x_T'], context=i['c']))
-    return out
-
-
-@family('sd2_v_prediction')
-def sd2_v_prediction(g):
-    "The rotation between x0, ε and v; guidance applied to v"
-    i, (_, guided, path, _) = g.inputs, guided_latents(g, 'v')
-    ᾱ = guided.schedule.alphas_cumprod[i['t']]
-    return dict(get_v=ddpm.v_from_x0_eps(i['x'], i['noise'], ᾱ), predict_start_from_z_and_v=ddpm.x0_from_v(i['x'], i['v'], ᾱ),
-                predict_eps_from_z_and_v=ddpm.eps_from_v(i['x'], i['v'], ᾱ),
-                ddim10=last(ddim.ddim(guided, path, i['x_T'], context=i['c'])))
-
-
 @family('k_diffusion')
 def k_diffusion(g):
     "Noise sizes, and the samplers that have a counterpart here; their states are ours divided by √ᾱ"
@@ -749,6 +705,115 @@ def patch_critic(g):
     return dict(logits_real=real, logits_fake=fake, g_loss=-fake.mean(), hinge_d_loss=first_stage.critic_loss(real, fake),
                 vanilla_d_loss=first_stage.critic_loss(real, fake, 'vanilla'),
                 **{'adaptive_weight_disc0.8': first_stage.adaptive_weight(i['grad_nll'], i['grad_g'], .8)})
+
+
+@family('ldm_*unet', 'sd1_unet*', 'sd2_unet*', 'eps_sd1_unet*', 'full__sd-*_unet*', 'full__ldm-*_unet*')
+def latent_unet(g):
+    "The denoisers of latent diffusion by their own keys and settings"
+    config, i = g.config.get('unet', g.config), g.inputs
+    with torch.device('meta'): net = latent.LatentUNet(**config)
+    net = layers.load_strict(net.to_empty(device='cpu'), g.weights()).eval()
+    return dict(y=net(i['x'], i['timesteps'], i.get('context'), i.get('y')))
+
+
+def latent_schedule(c):
+    "Its two ends and its length from fields of their own, or from words such as 'sd linear 0.00085..0.012, T=1000'"
+    words = c.get('schedule', '')
+    ends, T = re.search(r'([\d.]+)\.\.([\d.]+)', words), re.search(r'T=(\d+)', words)
+    start, end = ends.groups() if ends else (c.get('linear_start', .00085), c.get('linear_end', .012))
+    return latent.Schedule.scaled_linear(int(T[1] if T else c.get('T', 1000)), float(start), float(end))
+
+
+@family('ldm_schedules')
+def ldm_schedules(g):
+    "NAME/ARRAY, NAME/ddimN/ARRAY with sigmas_etaE among them, quad_timesteps_N"
+    out = {}
+    for name in g.outputs:
+        if name.startswith('quad_timesteps_'):
+            out[name] = torch.tensor(ddim.quadratic_timesteps(1000, int(name.rpartition('_')[2]))) + 1
+            continue
+        which, *more, array = name.split('/')
+        s = latent.Schedule.scaled_linear(1000, *g.config[which])
+        if more:
+            table = latent.latent_path(s, int(more[0].removeprefix('ddim'))).table
+            η = float(array.removeprefix('sigmas_eta')) if array.startswith('sigmas') else 0.
+            own = dict(timesteps=table.t, alphas=table.ᾱ, alphas_prev=table.ᾱ_next)
+            out[name] = own.get(array, ddim.sigma(table.ᾱ, table.ᾱ_next, η))
+        elif array == 'lvlb_weights': out[name] = latent.lvlb_weights(ddpm.Denoiser(None, s))
+        elif array == 'posterior_log_variance_clipped': out[name] = s.posterior_variance.clamp(min=1e-20).log()
+        else: out[name] = getattr(s, array.removesuffix('64'))
+    return out
+
+
+def guided_latents(g, parameterization='eps'):
+    "A closed-form model, alone and guided by an unconditional context; LDM's path; the times the model was told"
+    i, c, seen = g.inputs, g.config, []
+    s, model = latent_schedule(c), formula(c['model'])
+    def net(x, t, context):
+        seen.append(t[:len(i['x_T'])].double())
+        return model(x, t, c=context)
+    scale = float(c.get('unconditional_guidance_scale', c.get('scale')))
+    d = ddpm.Denoiser(net, s, parameterization)
+    return d, d.guided(raw=cfg.classifier_free(scale, context=i['uc'])), latent.latent_path(s, c['S']), seen
+
+
+@family('ldm_samplers')
+def ldm_samplers(g):
+    "Whole loops with guidance; ddim_noguide without; stochastic_encode and img2img_decode meet at step t_enc"
+    i, (plain, d, path, seen), out = g.inputs, guided_latents(g), {}
+    def walk(name, sampler, path, x, d=d, times='', wide=1, **how):
+        if name not in g.outputs: return
+        seen.clear()
+        states = [x, *sampler(d, path, x, **how, context=i['c'])]
+        out.update({name: states[-1], f'{name}_trajectory': torch.stack(states), times: torch.stack([t[:wide] for t in seen])})
+    for name in g.outputs:
+        if re.fullmatch(r'ddim_eta[\d.]+', name):
+            walk(name, ddim.ddim, path, i['x_T'], noises=i['noises'], eta=float(name.removeprefix('ddim_eta')))
+    walk('ddim_noguide', ddim.ddim, path, i['x_T'], plain, 'ddim_timesteps_seen', len(i['x_T']))
+    walk('plms', latent.plms, path, i['x_T'], times='plms_timesteps_seen')
+    walk('dpm_solver_pp_2m', latent.dpm_solver, latent.even_times(d.schedule, g.config['S']), i['x_T'], times='dpm_solver_timesteps_seen')
+    if 't_enc' in i:
+        k = int(i['t_enc'].flatten()[0])
+        out['stochastic_encode'] = latent.stochastic_encode(path, i['x0'], k, i['enc_noise'])
+        walk('img2img_decode', ddim.ddim, path[-k:], out['stochastic_encode'])
+    return out
+
+
+@family('ldm_p_losses')
+def ldm_p_losses(g):
+    "A constant model output; the reported bound, and the loss that the weights of both terms make"
+    i, c, s = g.inputs, g.config, latent_schedule(g.config)
+    d = ddpm.Denoiser(None, s, c['parameterization'])
+    terms = latent.latent_terms(d, i['model_output'], i['x_start'], i['noise'], i['t'], c['loss_type'])
+    simple, vlb = (terms[k].mean() for k in ('simple', 'vlb'))
+    loss = c['l_simple_weight'] * simple + c['original_elbo_weight'] * vlb
+    return {'x_noisy': ddpm.q_sample(i['x_start'], s.steps().at(i['t']).ᾱ, i['noise']), 'lvlb_weights': latent.lvlb_weights(d),
+            'loss': loss, 'dict/train_loss': loss, 'dict/train_loss_simple': simple, 'dict/train_loss_vlb': vlb}
+
+
+@family('sd2_v_prediction')
+def sd2_v_prediction(g):
+    "Velocities there and back, and DDIM on guided velocities"
+    i, (d, guided, path, _) = g.inputs, guided_latents(g, 'v')
+    step = d.schedule.steps().at(i['t'])
+    walk = {name: last(ddim.ddim(guided, path, i['x_T'], context=i['c'])) for name in g.outputs if name.startswith('ddim')}
+    return walk | dict(get_v=d.target(i['x'], i['noise'], None, step), lvlb_weights=latent.lvlb_weights(d),
+                       predict_start_from_z_and_v=ddpm.x0_from_v(i['x'], i['v'], step.ᾱ),
+                       predict_eps_from_z_and_v=ddpm.eps_from_v(i['x'], i['v'], step.ᾱ))
+
+
+@family('sdunclip_noise_aug')
+def sdunclip_noise_aug(g):
+    i, c = g.inputs, g.config
+    net = latent.NoiseAugmentation(i['emb'].shape[1], c['timestep_dim'], schedule(c['schedule'].replace('squaredcos_cap_v2', 'cosine'), c['T']))
+    net.load_state_dict({k: i[k] for k in ('data_mean', 'data_std')})
+    y = net(i['emb'], i['noise_level'], i['noise'])
+    z, level = y.split([i['emb'].shape[1], c['timestep_dim']], 1)
+    return dict(adm_y=y, z=z, level_emb=level)
+
+
+@family('ldm_bert_xtransformer')
+def ldm_bert(g): return dict(embeddings=layers.load_strict(latent.BERTEncoder(**g.config), g.weights()).eval()(**g.inputs))
 
 
 @family('lit_ema')
