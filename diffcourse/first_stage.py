@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'PARTS', 'OLD', 'kl_emoji', 'kl_shapes', 'kl_grocery', 'vq_emoji', 'StageConfig', 'Encoder', 'Decoder',
-           'FirstStage', 'AutoencoderKL', 'VQModel', 'decoder_only', 'perceptual_distance', 'copied', 'stage_loss',
-           'PatchGAN', 'critic_loss', 'adaptive_weight', 'Contested', 'contested_loss', 'released', 'scale_of',
-           'from_official', 'stage_tensors', 'load_official', 'stage_to_diffusers', 'stage_from_diffusers',
-           'evaluate_stage', 'stage_recipe', 'small_stage']
+           'FirstStage', 'AutoencoderKL', 'VQModel', 'perceptual_distance', 'copied', 'stage_loss', 'PatchGAN',
+           'critic_loss', 'adaptive_weight', 'Contested', 'contested_loss', 'released', 'scale_of', 'from_official',
+           'stage_tensors', 'load_official', 'stage_to_diffusers', 'stage_from_diffusers', 'evaluate_stage',
+           'stage_recipe', 'small_stage', 'decoder_only']
 
 # %% ../nbs/16_first_stage.ipynb #4f38b69e
 from dataclasses import dataclass
@@ -287,13 +287,6 @@ def note_scale(self: FirstStage,
     "Move the scale towards 1 / std(z), if this model measures its own and its codes still move"
     moves = self.quant_conv.weight.requires_grad
     if isinstance(self.scale, Tensor) and moves: self.scale.lerp_(1 / z.float().std(), share)
-
-def decoder_only(
-    net: FirstStage,  # trained
-) -> FirstStage:      # the same, with a frozen encoder
-    "Let the decoder alone go on learning: latents and scale stay as they are, and so does every model of them"
-    for part in (net.encoder, net.quant_conv): part.requires_grad_(False)
-    return net
 
 # %% ../nbs/16_first_stage.ipynb #ca3da601
 @lru_cache(2)
@@ -585,3 +578,11 @@ kl_grocery = stage_recipe('kl_grocery', 'KL first stage of 64×64 photographs of
     lambda split, budget: data.groceries(split), lambda: small_stage(8, (2, 3, 4)), _budgets(8, 2000))
 vq_emoji = stage_recipe('vq_emoji', 'VQ first stage of 64×64 emoji: 16×16 codes out of 512',
     lambda split, budget: data.emoji(split), lambda: small_stage(8, (2, 3, 4), codes=512), _budgets(8, 2000))
+
+# %% ../nbs/16_first_stage.ipynb #b56d2811
+def decoder_only(
+    net: FirstStage,  # trained
+) -> FirstStage:      # the same, with a frozen encoder
+    "Let the decoder alone go on learning: latents and scale stay as they are, and so does every model of them"
+    for part in (net.encoder, net.quant_conv): part.requires_grad_(False)
+    return net

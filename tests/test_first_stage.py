@@ -321,3 +321,13 @@ def test_what_is_shipped(name):
     assert m['psnr'] > dict(kl_emoji=26, vq_emoji=22).get(name, 20) and .8 < m['latent_std'] < 1.25
     x = RECIPES[name].data('smoke').subset(torch.arange(8)).images / 127.5 - 1
     assert first_stage.evaluate_stage(net, x)['psnr'] > m['psnr'] - 4
+
+
+def test_a_decoder_that_learns_on_alone_leaves_latents_and_scale():
+    torch.manual_seed(0)
+    net, x = small_stage(8, (1, 2)), draw(4, 3, 16, 16).tanh()
+    net.scale.fill_(.5)
+    before, decoder = net.latents(x), net.decoder.conv_in.weight.clone()
+    trainer = Trainer(first_stage.decoder_only(net), stage_loss(perceptual=0.), {'x': x}, steps=3, batch_size=4, progress=False).fit()
+    for after in (trainer.model, trainer.ema_model()): assert after.latents(x).equal(before) and after.scale == .5
+    assert not net.decoder.conv_in.weight.equal(decoder)
