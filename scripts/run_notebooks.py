@@ -34,7 +34,7 @@ def lighten(nb, limit: int = 8_000, colours: int = 128) -> None:
         png = base64.b64decode(o.get('data', {}).get('image/png', ''))
         if len(png) <= limit: continue
         buffer = io.BytesIO()
-        Image.open(io.BytesIO(png)).convert('RGB').quantize(colours).save(buffer, 'PNG', optimize=True)
+        Image.open(io.BytesIO(png)).convert('RGB').quantize(colours, Image.Quantize.MAXCOVERAGE, kmeans=2).save(buffer, 'PNG', optimize=True)
         if len(buffer.getvalue()) < len(png): o.data['image/png'] = base64.b64encode(buffer.getvalue()).decode()
 
 
