@@ -74,6 +74,7 @@ def measure(name: str) -> dict:
     card = json.loads(path.read_text(encoding='utf-8'))
     card['metrics'] = find_recipe(name).evaluate(zoo.load(name))
     with atomic_write(path) as tmp: tmp.write_text(json.dumps(card, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    subprocess.run([sys.executable, 'scripts/manifest.py'], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return card['metrics']
 
 
@@ -98,7 +99,7 @@ def main(out: Path, jobs: list[dict], level: str) -> None:
 if __name__ == '__main__':
     if sys.argv[1] == '--measure':
         for name in sys.argv[2:]: print(name, measure(name), flush=True)
-        raise SystemExit(subprocess.call([sys.executable, 'scripts/manifest.py'], cwd=ROOT))
+        raise SystemExit
     out, level = Path(sys.argv[1]), os.environ.get('DIFFCOURSE_BUDGET', 'gpu')
     out.mkdir(parents=True, exist_ok=True)
     if sys.argv[2] == '--one':
