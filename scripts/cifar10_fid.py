@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from diffcourse import metrics
-from diffcourse.core import atomic_write
+from diffcourse.core import atomic_write, image_grid, to_float
 from diffcourse.metrics import outputs
 from diffcourse.train import device_name, read_tensors, write_tensors
 
@@ -27,8 +27,13 @@ def main():
     parser.add_argument('--scale', type=float, default=1.5)
     parser.add_argument('--steps', type=int, default=50)
     parser.add_argument('--cache', type=Path)
+    parser.add_argument('--picture', type=Path, help='a PNG of the first forty samples')
     parser.add_argument('--out', type=Path, default=numbers.ROOT / 'data/measured/cifar10.json')
     a = parser.parse_args()
+    if a.picture:
+        from PIL import Image
+        grid = image_grid(to_float(torch.from_numpy(np.load(a.samples)[:40])), 20)
+        Image.fromarray(grid).save(a.picture, optimize=True)
     net = metrics.get_extractor('inception', 'cpu')
     x, parts = torch.from_numpy(np.load(a.samples)[:a.n]), []
     for i in range(0, len(x), 100):
