@@ -335,9 +335,9 @@ def emoji_kinds(
 # %% ../nbs/11_adm.ipynb #e6bcb508
 def emoji_denoiser(
     net: Callable,  # `adm_emoji`'s network
-) -> Denoiser:      # ε with a learned variance on the cosine schedule, clips x0
-    "The set-up of the emoji recipes: ADM's"
-    return Denoiser(net, Schedule.cosine(), 'eps', 'learned_range').guided(x0=clip_x0)
+) -> Denoiser:      # v with a learned variance on the cosine schedule, clips x0
+    "The set-up of the emoji recipes: ADM's, with v in place of ε"
+    return Denoiser(net, Schedule.cosine(), 'v', 'learned_range').guided(x0=clip_x0)
 
 def draw_emoji(
     model: nn.Module,         # `adm_emoji`'s network

@@ -893,11 +893,11 @@ clip_emoji = register(Recipe(
     model=lambda: small_clip('emoji'), settings=_steps(32, 2400, 128)))
 clip_shapes = register(Recipe(
     'clip_shapes', 'CLIP of scenes with one or two shapes', loss=loss_shapes, evaluate=evaluate_shapes,
-    data=lambda budget: shape_pairs(dict(smoke=500, laptop=20_000, gpu=100_000)[budget]),
+    data=lambda budget: shape_pairs(dict(smoke=500, laptop=20_000, gpu=60_000)[budget]),
     model=lambda: small_clip('shapes', dict(vision_width=10, vision_heads=5)), settings=_steps(32, 2400, 128)))
 noised_clip_shapes = register(Recipe(
     'noised_clip_shapes', 'CLIP of noised scenes, told the noise level, for guidance', loss=noised(loss_shapes),
-    data=lambda budget: shape_pairs(dict(smoke=500, laptop=20_000, gpu=100_000)[budget]),
+    data=lambda budget: shape_pairs(dict(smoke=500, laptop=20_000, gpu=60_000)[budget]),
     model=lambda: small_noised('shapes'), settings=_steps(32, 3000, 64), evaluate=evaluate_noised(evaluate_shapes)))
 noised_clip_emoji = register(Recipe(
     'noised_clip_emoji', 'CLIP of noised emoji, told the noise level, for guidance', loss=noised(loss_emoji),

@@ -150,11 +150,11 @@ def small_writer(
 def small_decoder(
     name: str,  # of a world
 ) -> UnCLIPDecoder:
-    "A decoder for a CLIP of chapter 13: 32×32 pixels in patches of 2×2"
+    "A decoder for a CLIP of chapter 13: 32×32 pixels"
     c = world(name).clip
     width, D = c.text_projection.shape
-    return UnCLIPDecoder(c.context_length, 48, D, text_dim=width, patch=2, image_size=32, in_channels=3, out_channels=3,
-                         model_channels=16, channel_mult=(1, 2, 3), num_res_blocks=1, attention_resolutions=(4, 8),
+    return UnCLIPDecoder(c.context_length, 48, D, text_dim=width, image_size=32, in_channels=3, out_channels=3,
+                         model_channels=16, channel_mult=(1, 2, 3), num_res_blocks=1, attention_resolutions=(4,),
                          num_head_channels=16, use_scale_shift_norm=True, conv_resample=False, groups=8)
 
 # %% ../nbs/15a_dalle2.ipynb #b04306b0
@@ -305,7 +305,7 @@ def evaluate_system(
     return out | {'n': n}
 
 # %% ../nbs/15a_dalle2.ipynb #e0ff84d1
-_sizes = dict(smoke=300, laptop=20_000, gpu=200_000)
+_sizes = dict(smoke=300, laptop=20_000, gpu=60_000)
 
 def _prior_recipe(name, steps):
     "The diffusion prior of a world"

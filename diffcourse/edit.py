@@ -277,8 +277,8 @@ def fast27(
 def enlarged_net() -> SuperResText2ImUNet:
     "The network of `glide_up_emoji`"
     return SuperResText2ImUNet(n_vocab=len(emoji_bpe()) + 1, text_ctx=24, xf_width=64, xf_layers=1, xf_heads=4,
-                               model_channels=64, channel_mult=(1, 1.5), attention_resolutions=(8,),
-                               **_small | dict(patch=4, image_size=64))
+                               model_channels=16, channel_mult=(1, 2), attention_resolutions=(4,),
+                               **_small | dict(patch=2, image_size=64))
 
 def large_emoji(
     level: str,  # a budget

@@ -388,17 +388,17 @@ def scenes_net(
 ) -> Text2ImUNet:
     "The network of `glide_shapes`"
     return kind(n_vocab=len(shapes_bpe()) + 1, text_ctx=16, xf_width=64, xf_layers=2, xf_heads=4, model_channels=32,
-                channel_mult=(1, 3, 3), attention_resolutions=(4, 8), **_small)
+                channel_mult=(1, 2), attention_resolutions=(4,), **_small)
 
 # %% ../nbs/14_glide.ipynb #7417c686
 def scenes_told(
     level: str,  # a budget
 ) -> dict:       # for the `Trainer`
     "Scenes and their sentences as tensors, as many as the budget is worth"
-    return captioned(*told_scenes(dict(smoke=600, laptop=40_000, gpu=400_000)[level]), shapes_bpe(), 16)
+    return captioned(*told_scenes(dict(smoke=600, laptop=40_000, gpu=120_000)[level]), shapes_bpe(), 16)
 
 glide_shapes = register(Recipe(
-    'glide_shapes', 'GLIDE of scenes with one or two shapes, 32×32, 2.3 M parameters, predicts x0',
+    'glide_shapes', 'GLIDE of scenes with one or two shapes, 32×32, 0.9 M parameters, predicts x0',
     data=scenes_told, model=scenes_net, loss=loss_glide(glide_denoiser(None)),
     settings=dict(smoke=dict(steps=25, batch_size=32, lr=2e-3, warmup=5),
                   laptop=dict(steps=4500, batch_size=32, lr=2e-3, ema=.998),
@@ -467,7 +467,7 @@ def emoji_net(
 ) -> Text2ImUNet:
     "The network of `glide_emoji`"
     return kind(n_vocab=len(emoji_bpe()) + 1, text_ctx=24, xf_width=64, xf_layers=2, xf_heads=4, model_channels=32,
-                channel_mult=(1, 3, 3), attention_resolutions=(4, 8), **_small)
+                channel_mult=(1, 2, 2), attention_resolutions=(4, 8), **_small)
 
 # %% ../nbs/14_glide.ipynb #c80c01ed
 @torch.no_grad()
@@ -502,7 +502,7 @@ def evaluate_emoji(
 
 # %% ../nbs/14_glide.ipynb #aa74ebd1
 glide_emoji = register(Recipe(
-    'glide_emoji', 'GLIDE of emoji by name and style, 32×32, 2.5 M parameters, predicts x0',
+    'glide_emoji', 'GLIDE of emoji by name and style, 32×32, 1.4 M parameters, predicts x0',
     data=emoji_told, model=emoji_net, loss=loss_glide(glide_emoji_denoiser(None)),
     settings=dict(smoke=dict(steps=25, batch_size=32, lr=2e-3, warmup=5),
                   laptop=dict(steps=2800, batch_size=32, lr=2e-3, ema=.998),

@@ -289,7 +289,7 @@ vqvae2_emoji_prior = levels_recipe(
     'vqvae2_emoji', "transformer priors over both maps of vqvae2_emoji, category and style in front", 27, (4, 4),
     dict(smoke=dict(steps=24, batch_size=16, lr=3e-3, warmup=5, ema=.9),
          laptop=dict(steps=1400, batch_size=64, lr=2e-3, weight_decay=.05, ema=.998),
-         gpu=dict(steps=8000, batch_size=256, lr=1e-3, weight_decay=.05)), width=80)
+         gpu=dict(steps=8000, batch_size=256, lr=1e-3, weight_decay=.05)), width=48)
 
 # %% ../nbs/06_vqvae2.ipynb #01df2f2a
 vqvae2_grocery_prior = levels_recipe(

@@ -1,0 +1,109 @@
+"""Train several recipes side by side on one device, each for so many seconds: what a lent GPU is best used for.
+
+    python scripts/train_together.py OUT clip_shapes:100 glide_shapes:210 unclip_prior_shapes:150@clip_shapes
+
+`name:seconds` gives a recipe its time from its first step on; `@other` makes it wait for another one, whose weights
+are put among the shipped ones (and into the manifest) first; `name:seconds+start` goes on from the weights of another.
+`--measure name …` afterwards, on any machine, writes what the recipes' `evaluate` finds of shipped weights into their cards.
+The number of steps is set from the speed measured during warm-up, while the learning rate does not depend on it yet:
+the run is the one that `diffcourse train NAME --steps N` makes, and its card says N.
+"""
+import fcntl, json, os, re, shutil, subprocess, sys, time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def parse(job: str) -> dict:
+    found = re.fullmatch(r'(\w+):(\d+)(?:@([\w,]+))?(?:\+(\w+))?', job)
+    if not found: raise SystemExit(f'{job!r} is not name:seconds[@other,other][+start]')
+    name, seconds, after, start = found.groups()
+    return dict(name=name, seconds=int(seconds), after=after.split(',') if after else [], start=start)
+
+
+def install(path: Path) -> None:
+    "Put weights among the shipped ones; one process at a time"
+    with open(ROOT / '.train_together.lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for p in (path, path.with_suffix('.json')): shutil.copy(p, ROOT / 'data/weights' / p.name)
+        subprocess.run([sys.executable, 'scripts/manifest.py'], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def train(name, seconds, start, out: Path, level: str) -> dict:
+    import torch
+    from diffcourse.train import Trainer, find_recipe
+    from diffcourse.weights import load_weights, save_weights, weight_file
+    from diffcourse import zoo  # noqa: F401 (registers every recipe)
+    torch.backends.cudnn.benchmark = True
+    recipe, begin = find_recipe(name), time.time()
+    how = {**recipe.settings[level], 'steps': 10**7}
+    how['warmup'] = min(how.get('warmup', 100), 300)
+    data = recipe.data(level)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(how.get('seed', 0))
+        model = recipe.model()
+    if start: load_weights(start, model).train()
+    t = Trainer(model, recipe.loss, data, name=name, **how)
+    t.origin = {'recipe': name, 'budget': level}
+    if start: t.origin['start'] = {k: weight_file(start)[1].get(k) for k in ('name', 'steps', 'seconds', 'sha256')}
+    t.objective.train()
+    print(f'{name}: ready after {time.time() - begin:.0f} s', flush=True)
+    first, cpu, warm = time.time(), time.process_time(), max(20, t.settings.warmup)
+    while t.step < 10 or (t.step < warm and time.time() - first < seconds / 3):
+        t.update([])
+        if t.step == 5 or (t.step == warm // 2 > 5): half = time.time(), t.step   # the first ones are slow
+    speed = (t.step - half[1]) / (time.time() - half[0])
+    t.settings.steps = t.step + max(1, int(.95 * speed * (first + seconds - time.time())))
+    print(f'{name}: {speed:.1f} steps/s, {t.settings.steps} steps', flush=True)
+    while t.step < t.settings.steps and time.time() < first + seconds:
+        t.update([])
+        if t.step % 500 == 0: print(f'{name}: {t.step} {sum(t.losses[-100:]) / 100:.4f}', flush=True)
+    t.seconds, t.cpu_seconds = time.time() - first, time.process_time() - cpu
+    card = dict(t.card(), metrics={}, beside='other trainings on the same device')
+    path = save_weights(out / f'{name}.safetensors', t.ema_model(), card, 'int8')
+    print(f'{name}: done, {t.step} of {t.settings.steps} steps, loss {card["loss"]:.4f}', flush=True)
+    return path
+
+
+def measure(name: str) -> dict:
+    "What a recipe's `evaluate` finds of its shipped weights, written into their card"
+    from diffcourse import zoo
+    from diffcourse.core import asset, atomic_write
+    from diffcourse.train import find_recipe
+    path = Path(asset(f'weights/{name}.json'))
+    card = json.loads(path.read_text(encoding='utf-8'))
+    card['metrics'] = find_recipe(name).evaluate(zoo.load(name))
+    with atomic_write(path) as tmp: tmp.write_text(json.dumps(card, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    subprocess.run([sys.executable, 'scripts/manifest.py'], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return card['metrics']
+
+
+def main(out: Path, jobs: list[dict], level: str) -> None:
+    running, waiting, done = {}, list(jobs), set()
+    while running or waiting:
+        for job in [j for j in waiting if set(j['after']) <= done]:
+            waiting.remove(job)
+            told = [sys.executable, __file__, str(out), '--one', json.dumps(job)]
+            running[job['name']] = subprocess.Popen(told, cwd=ROOT, env={**os.environ, 'DIFFCOURSE_BUDGET': level},
+                                                    stdout=open(out / f'{job["name"]}.log', 'w'), stderr=subprocess.STDOUT)
+        for name in [n for n, p in running.items() if p.poll() is not None]:
+            code = running.pop(name).returncode
+            print(f'{time.strftime("%T")} {name} ended with {code}', flush=True)
+            if code == 0: done.add(name)
+            else:
+                print((out / f'{name}.log').read_text()[-1500:], flush=True)
+                waiting = [j for j in waiting if name not in j['after']]
+        time.sleep(.5)
+
+
+if __name__ == '__main__':
+    if sys.argv[1] == '--measure':
+        for name in sys.argv[2:]: print(name, measure(name), flush=True)
+        raise SystemExit
+    out, level = Path(sys.argv[1]), os.environ.get('DIFFCOURSE_BUDGET', 'gpu')
+    out.mkdir(parents=True, exist_ok=True)
+    if sys.argv[2] == '--one':
+        job = json.loads(sys.argv[3])
+        path = train(job['name'], job['seconds'], job['start'], out, level)
+        if os.environ.get('INSTALL', '1') == '1': install(path)
+    else: main(out, [parse(j) for j in sys.argv[2:]], level)
