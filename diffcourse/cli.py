@@ -105,7 +105,7 @@ def sample(
     n: OptNumber = 16,
     out: _option(Path, help='A PNG file, or an .npz of bytes for `metrics`.') = Path('samples.png'),
     scale: _option(Optional[float], help='Guidance scale s of cfg_…, glide_…: 1 none, more goes further.') = None,
-    prompt: _option(Optional[str], help='A caption, for recipes that read one: dalle_…, glide_…, unclip_…') = None,
+    prompt: _option(Optional[str], help='A caption, for recipes that read one: dalle_…, glide_…, unclip_…, ldm_…') = None,
     weights: OptWeights = None, seed: OptSeed = 0, device: OptDevice = None,
 ):
     "Draw new pictures from a trained network (its EMA weights) into one PNG, or an .npz."
