@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from diffcourse import ddpm
+from diffcourse import ddpm, first_stage
 from diffcourse.core import CourseError, generator, to_uint8
 from diffcourse.unet import UNet, to_diffusers, unet_to_diffusers
 
@@ -114,3 +114,40 @@ def test_what_cannot_be_written(tmp_path):
         with pytest.raises(CourseError): to_diffusers(tmp_path / 'm', net, schedule, **wrong)
     with pytest.raises(CourseError): to_diffusers(tmp_path / 'm', network(resample_with_conv=False), schedule)
     assert not (tmp_path / 'm').exists()
+
+
+SAME = dict(ch=32, ch_mult=(1, 2, 2), num_res_blocks=2, resolution=32, groups=16)
+
+
+@pytest.mark.parametrize('changes', [{}, dict(attn_type='none'), dict(num_res_blocks=1, ch_mult=(1, 3))])
+def test_first_stage_is_theirs(changes):
+    "diffusers' AutoencoderKL with our tensors gives our clouds and copies, and comes back unchanged"
+    torch.manual_seed(0)
+    net, g = first_stage.AutoencoderKL(SAME | changes, 4, scale=.3).eval(), generator(0)
+    config, state = first_stage.stage_to_diffusers(net)
+    theirs = diffusers.AutoencoderKL.from_config(config).eval()
+    theirs.load_state_dict(state)
+    x, z = torch.randn(2, 3, 32, 32, generator=g), torch.randn(2, 4, 32 // net.config.f, 32 // net.config.f, generator=g)
+    with torch.no_grad():
+        q, p = net.encode(x), theirs.encode(x).latent_dist
+        for ours, other in ((q.mean, p.mean), (q.logvar, p.logvar), (net.decode(z), theirs.decode(z).sample)):
+            assert torch.allclose(ours, other, atol=1e-5), float((ours - other).abs().max())
+    back = first_stage.stage_from_diffusers(dict(theirs.config), theirs.state_dict())
+    assert back.scale == .3 and all(v.equal(back.state_dict()[k]) for k, v in net.state_dict().items())
+
+
+def test_first_stages_that_diffusers_cannot_hold():
+    for bad in (dict(ch_mult=(2, 2)), dict(attn_resolutions=(16,)), dict(z_channels=3)):
+        with pytest.raises(CourseError, match='no place'): first_stage.stage_to_diffusers(first_stage.AutoencoderKL(SAME | bad, 4))
+    net = first_stage.AutoencoderKL(SAME, 4)
+    config, state = first_stage.stage_to_diffusers(net)
+    with pytest.raises(CourseError, match='quant_conv.bias'): first_stage.stage_from_diffusers(config, {k: v for k, v in state.items() if k != 'quant_conv.bias'})
+    with pytest.raises(CourseError, match='unknown: more'): first_stage.stage_from_diffusers(config, state | {'more': torch.zeros(1)})
+
+
+@pytest.mark.parametrize('name', ['sd-v1', 'sd-x4-upscaling'])
+def test_released_first_stage_is_theirs_key_for_key(name):
+    net = first_stage.from_official(f'{name}/first_stage_AutoencoderKL', 'meta')
+    config, state = first_stage.stage_to_diffusers(net)
+    with torch.device('meta'): theirs = diffusers.AutoencoderKL.from_config(config)
+    assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in theirs.state_dict().items()}
