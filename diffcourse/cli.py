@@ -53,7 +53,8 @@ def train(
     from diffcourse.core import Table, require
     require(steps is None or steps > 0, f'--steps must be at least 1, got {steps}')
     require(batch_size is None or batch_size > 0, f'--batch-size must be at least 1, got {batch_size}')
-    how = {k: v for k, v in dict(steps=steps, batch_size=batch_size, start=start, device=device).items() if v is not None}
+    how = dict(steps=steps, batch_size=batch_size, start=start, device=device)
+    how = {k: v for k, v in how.items() if v is not None}
     rows = [_train_one(name, out, budget, data, dtype, dict(how, seed=seed))
             for name in (sorted(zoo.RECIPES) if recipe == 'all' else [recipe])]
     if os.environ.get('RANK', '0') == '0':
@@ -105,7 +106,7 @@ def sample(
     n: OptNumber = 16,
     out: _option(Path, help='A PNG file, or an .npz of bytes for `metrics`.') = Path('samples.png'),
     scale: _option(Optional[float], help='Guidance scale s of cfg_…, glide_…: 1 none, more goes further.') = None,
-    prompt: _option(Optional[str], help='A caption, for recipes that read one: dalle_…, glide_…, unclip_…') = None,
+    prompt: _option(Optional[str], help='A caption, for recipes that read one: glide_…, ldm_…') = None,
     weights: OptWeights = None, seed: OptSeed = 0, device: OptDevice = None,
 ):
     "Draw new pictures from a trained network (its EMA weights) into one PNG, or an .npz."

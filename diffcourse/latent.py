@@ -94,6 +94,7 @@ class GEGLU(nn.Module):
         value, gate = self.proj(x).chunk(2, dim=-1)
         return value * F.gelu(gate)
 
+# %% ../nbs/16a_latent.ipynb #ac890415
 class FeedForward(nn.Module):
     "Each position for itself: wider, opened, and back"
     def __init__(self,
@@ -322,8 +323,9 @@ def latent_terms(
     return dict(simple=simple, vlb=lvlb_weights(denoiser).to(simple)[t] * simple)
 
 # %% ../nbs/16a_latent.ipynb #eee07b22
-ADAMS = ((1,), (1.5, -.5), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+ADAMS = ((1,), (1.5, -.5), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))   # Adams and Bashforth
 
+# %% ../nbs/16a_latent.ipynb #14fa095e
 def plms(
     denoiser: Denoiser,                      # network and conventions
     path: Sequence[Step],                    # from noise to data
@@ -441,6 +443,7 @@ class WordAttention(nn.Module):
         "Every word asks every word"
         return self.to_out(attention(self.to_q(x), self.to_k(x), self.to_v(x), self.heads))
 
+# %% ../nbs/16a_latent.ipynb #86b89a5b
 class WordMLP(nn.Module):
     "Linear, GELU, linear, under the released names"
     def __init__(self,
@@ -450,7 +453,11 @@ class WordMLP(nn.Module):
         first = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU())
         self.net = nn.Sequential(first, nn.Dropout(0.), nn.Linear(4 * width, width))
 
-    def forward(self, x): return self.net(x)
+    def forward(self,
+        x: Tensor,  # (B, L, width)
+    ) -> Tensor:    # the shape of x
+        "Through the three"
+        return self.net(x)
 
 # %% ../nbs/16a_latent.ipynb #bb41a70c
 class BERTEncoder(nn.Module):
@@ -510,6 +517,7 @@ def clouds(
         out.append((torch.cat([q.mean, q.std], 1) * stage.scale).cpu())
     return torch.cat(out)
 
+# %% ../nbs/16a_latent.ipynb #abdde8c2
 @torch.no_grad()
 def read_words(
     captions: Sequence[str],  # B of them; '' says nothing
@@ -533,6 +541,7 @@ def latent_denoiser(
     "The set-up of the small recipes"
     return Denoiser(net, shifted_cosine(shift), 'v')
 
+# %% ../nbs/16a_latent.ipynb #914a8069
 def loss_latent(
     denoiser: Denoiser,  # schedule; predicts v
     kind: str,           # whose empty caption stands for a dropped one

@@ -28,13 +28,13 @@ def code_hash(nb) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def lighten(nb, limit: int = 40_000) -> None:
-    "Store every PNG output above `limit` bytes with a palette of 256 colours: a third of the size, no visible change"
+def lighten(nb, limit: int = 8_000, colours: int = 128) -> None:
+    "Store every PNG output above `limit` bytes with a palette: a third of the size, no change that one would see"
     for o in (o for c in nb.cells if c.cell_type == 'code' for o in c.outputs):
         png = base64.b64decode(o.get('data', {}).get('image/png', ''))
         if len(png) <= limit: continue
         buffer = io.BytesIO()
-        Image.open(io.BytesIO(png)).convert('RGB').quantize(256).save(buffer, 'PNG', optimize=True)
+        Image.open(io.BytesIO(png)).convert('RGB').quantize(colours, Image.Quantize.MAXCOVERAGE, kmeans=2).save(buffer, 'PNG', optimize=True)
         if len(buffer.getvalue()) < len(png): o.data['image/png'] = base64.b64encode(buffer.getvalue()).decode()
 
 

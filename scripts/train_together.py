@@ -4,6 +4,7 @@
 
 `name:seconds` gives a recipe its time from its first step on; `@other` makes it wait for another one, whose weights
 are put among the shipped ones (and into the manifest) first; `name:seconds+start` goes on from the weights of another.
+`--measure name …` afterwards, on any machine, writes what the recipes' `evaluate` finds of shipped weights into their cards.
 The number of steps is set from the speed measured during warm-up, while the learning rate does not depend on it yet:
 the run is the one that `diffcourse train NAME --steps N` makes, and its card says N.
 """
@@ -64,6 +65,19 @@ def train(name, seconds, start, out: Path, level: str) -> dict:
     return path
 
 
+def measure(name: str) -> dict:
+    "What a recipe's `evaluate` finds of its shipped weights, written into their card"
+    from diffcourse import zoo
+    from diffcourse.core import asset, atomic_write
+    from diffcourse.train import find_recipe
+    path = Path(asset(f'weights/{name}.json'))
+    card = json.loads(path.read_text(encoding='utf-8'))
+    card['metrics'] = find_recipe(name).evaluate(zoo.load(name))
+    with atomic_write(path) as tmp: tmp.write_text(json.dumps(card, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    subprocess.run([sys.executable, 'scripts/manifest.py'], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return card['metrics']
+
+
 def main(out: Path, jobs: list[dict], level: str) -> None:
     running, waiting, done = {}, list(jobs), set()
     while running or waiting:
@@ -83,6 +97,9 @@ def main(out: Path, jobs: list[dict], level: str) -> None:
 
 
 if __name__ == '__main__':
+    if sys.argv[1] == '--measure':
+        for name in sys.argv[2:]: print(name, measure(name), flush=True)
+        raise SystemExit
     out, level = Path(sys.argv[1]), os.environ.get('DIFFCOURSE_BUDGET', 'gpu')
     out.mkdir(parents=True, exist_ok=True)
     if sys.argv[2] == '--one':

@@ -372,3 +372,37 @@ def test_training_on_untrained_latents_is_refused(monkeypatch):
 
 def test_unknown_first_stage():
     with pytest.raises(CourseError, match='emoji or shapes'): latent.stage_of('faces')
+
+
+# --------------------------------------------------------------------------------------------- starting from a picture
+
+def test_forgetting_nothing_and_everything():
+    path, x0 = latent.latent_path(Schedule.scaled_linear(), 10), torch.randn(2, 4, 3, 3, generator=generator(0))
+    noise = torch.randn(2, 4, 3, 3, generator=generator(1))
+    little, much = (latent.stochastic_encode(path, x0, n, noise) for n in (0, 9))
+    assert (little - x0).abs().max() < .2 and (much - noise).abs().max() < .6
+    for n in (-1, 10):
+        with pytest.raises(CourseError, match=r'n must lie in \[0, 10\)'): latent.stochastic_encode(path, x0, n, noise)
+
+
+@pytest.mark.parametrize('n', [0, 501])
+def test_steps_that_the_released_code_cannot_walk(n):
+    with pytest.raises(CourseError, match='steps must lie in'): latent.latent_path(Schedule.scaled_linear(), n)
+
+
+@torch.no_grad()
+def test_a_walk_from_a_given_start():
+    "From the noise that sampling would draw: the same picture; from the clean end of the path: nearly the start itself"
+    net, how = small(), dict(captions=CAPTIONS, kind='shapes', scale=2.)
+    z = latent.text_to_latents(net, seed=5, steps=4, **how)
+    start = torch.randn(2, 4, 8, 8, generator=generator(5))
+    torch.testing.assert_close(latent.text_to_latents(net, steps=4, start=start, **how), z)
+    d = latent.latent_denoiser(None)
+    x0, last = torch.randn(2, 4, 8, 8, generator=generator(6)), d.schedule.steps([0])
+    assert (latent.text_to_latents(net, steps=last, start=x0, **how) - x0).abs().max() < .3
+
+
+def test_samplers_take_the_place_of_ddim():
+    net = small()
+    a, b = (latent.text_to_latents(net, CAPTIONS, 'shapes', 1, steps=6, sampler=s) for s in (latent.plms, latent.dpm_solver))
+    assert a.shape == b.shape == (2, 4, 8, 8) and not torch.allclose(a, b, atol=1e-3)

@@ -202,6 +202,8 @@ def undocumented_arguments(m):
             if not inspect.isfunction(f) or (k.startswith('_') and k not in ('__init__', '__call__')): continue
             f = cls if k == '__init__' and '__dataclass_fields__' in vars(cls) else f
             docs = docments(f, full=False)
+            if f is cls:                                             # a dataclass has the fields of those it extends
+                docs = {**{a: d for b in cls.__mro__[1:-1] for a, d in docments(b, full=False).items() if d}, **{a: d for a, d in docs.items() if d}}
             many = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)   # docments cannot see their comments
             missing += [f'{name}.{k}({a})' for a, p in inspect.signature(f).parameters.items()
                         if a not in ('self', 'cls') and p.kind not in many and not docs.get(a)]

@@ -11,7 +11,7 @@ from diffcourse import ddim, ddpm, dvae, iddpm, layers, metrics, priors, scores,
 from diffcourse.core import CourseError
 from tests import parity
 
-HERE = ['dalle_dvae', 'calc_bpd_loop', 'ddim_generalized_steps', 'ddpm_unet_ermongroup', 'diffusion_q', 'lit_ema',
+HERE = ['dalle_dvae', 'calc_bpd_loop', 'ddim_generalized_steps', 'full__ddpm_cifar10', 'diffusion_q', 'lit_ema',
         'loss_second_moment_resampler', 'metrics_features', 'mingpt', 'p_mean_variance', 'respacing', 'schedules', 'timestep_embedding', 'training_losses',
         'vlb_terms']
 
@@ -217,15 +217,15 @@ MUTATIONS = [
     ('timestep_embedding', layers, 'timestep_embedding', swap_halves),
     ('timestep_embedding', layers, 'timestep_embedding', other_frequencies),
     ('timestep_embedding', layers, 'timestep_embedding', integer_time),
-    ('ddpm_unet_ermongroup', unet, 'timestep_embedding', swap_halves),
-    ('ddpm_unet_ermongroup', unet, 'timestep_embedding', other_frequencies),
-    ('ddpm_unet_ermongroup', layers.Downsample, 'forward', symmetric),
-    ('ddpm_unet_ermongroup', layers.Upsample, 'forward', bilinear),
-    ('ddpm_unet_ermongroup', unet, 'attention', unscaled),
-    ('ddpm_unet_ermongroup', unet, 'attention', two_heads),
-    ('ddpm_unet_ermongroup', unet.ResBlock, 'forward', time_without_silu),
-    ('ddpm_unet_ermongroup', unet.F, 'silu', relu),
-    ('ddpm_unet_ermongroup', unet.UNet, '_way_up', skips_in_order),
+    ('full__ddpm_cifar10', unet, 'timestep_embedding', swap_halves),
+    ('full__ddpm_cifar10', unet, 'timestep_embedding', other_frequencies),
+    ('full__ddpm_cifar10', layers.Downsample, 'forward', symmetric),
+    ('full__ddpm_cifar10', layers.Upsample, 'forward', bilinear),
+    ('full__ddpm_cifar10', unet, 'attention', unscaled),
+    ('full__ddpm_cifar10', unet, 'attention', two_heads),
+    ('full__ddpm_cifar10', unet.ResBlock, 'forward', time_without_silu),
+    ('full__ddpm_cifar10', unet.F, 'silu', relu),
+    ('full__ddpm_cifar10', unet.UNet, '_way_up', skips_in_order),
     ('schedules', ddpm.Schedule, 'linear', beta_off_by_one),
     ('schedules', ddpm.Schedule, 'linear', float32_betas),
     ('schedules', ddpm.Step, 'log_variance', no_floor),
@@ -409,31 +409,17 @@ def test_command(tmp_path, capsys):
 def test_broken_golden_fails_and_does_not_crash(tmp_path):
     "A wrong shape, a missing weight, a truncated file: each is a failure with a reason"
     from safetensors.torch import save_file
-    info = json.loads((parity.HERE / 'golden' / 'ddpm_unet_ermongroup.json').read_text())
-    (tmp_path / 'ddpm_unet_ermongroup.json').write_text(json.dumps(info))
-    tensors = parity.Golden(parity.HERE / 'golden' / 'ddpm_unet_ermongroup.json').tensors
-    save_file({k: v for k, v in tensors.items() if k != 'weights/mid.attn_1.q.weight'},
-              tmp_path / 'ddpm_unet_ermongroup.safetensors')
+    info = json.loads((parity.HERE / 'golden' / 'mingpt.json').read_text())
+    (tmp_path / 'mingpt.json').write_text(json.dumps(info))
+    tensors = parity.Golden(parity.HERE / 'golden' / 'mingpt.json').tensors
+    save_file({k: v for k, v in tensors.items() if k != 'weights/blocks.0.attn.key.bias'},
+              tmp_path / 'mingpt.safetensors')
     v, = parity.run(tmp_path)
-    assert v.word == 'FAILED' and 'mid.attn_1.q.weight' in v.note
-    path = tmp_path / 'ddpm_unet_ermongroup.safetensors'
+    assert v.word == 'FAILED' and 'blocks.0.attn.key.bias' in v.note
+    path = tmp_path / 'mingpt.safetensors'
     path.write_bytes(path.read_bytes()[:1000])
     v, = parity.run(tmp_path)
     assert v.word == 'FAILED'
     assert parity.main([str(tmp_path)]) == 1
 
 
-def test_other_configurations(tmp_path):
-    "Nothing is tied to the stored sizes: another schedule length and another network, written by this package, are read back"
-    from safetensors.torch import save_file
-    s = ddpm.Schedule.linear(40)
-    save_file({'out/linear_40/betas': s.betas, 'out/linear_40/posterior_variance': s.posterior_variance},
-              tmp_path / 'schedules.safetensors')
-    (tmp_path / 'schedules.json').write_text(json.dumps(dict(name='schedules', rtol=1e-10, atol=1e-14)))
-    x, t = torch.randn(3, 3, 4, 4), torch.tensor([0, 17, 39])
-    save_file({'in/x': x, 'in/t': t, 'in/model_output_3': x.flip(0),
-               'out/EPSILON.FIXED_SMALL.clip0/pred_xstart': (x - s.sqrt_one_minus_alphas_cumprod[t].float().reshape(-1, 1, 1, 1) * x.flip(0))
-               / s.sqrt_alphas_cumprod[t].float().reshape(-1, 1, 1, 1)}, tmp_path / 'p_mean_variance.safetensors')
-    (tmp_path / 'p_mean_variance.json').write_text(json.dumps(dict(config=dict(T=40, schedule='linear'), rtol=1e-5,
-                                                                   atol=1e-5)))
-    assert [v.word for v in parity.run(tmp_path)] == ['passed', 'passed']
