@@ -3,6 +3,7 @@
     python scripts/claims_first_stage.py --budget laptop --out ldm2.json                   # all arms, one after the other
     python scripts/claims_first_stage.py --budget gpu --arms f4 --out f4.json              # one arm; then, when all are there:
     python scripts/claims_first_stage.py --budget gpu --join f1.json f2.json … --out ldm2.json
+    python scripts/claims_first_stage.py --stored --out ldm1.json                          # LDM-1 alone
 
 Writes {claim: {'numbers': …, 'budget': …, 'device': …, 'seeds': …, 'runs': [...]}}; the rules are in data/claims/rules.json.
 """
@@ -128,7 +129,9 @@ def main(args=None):
     p = claims_common.parser(__doc__, 'not used: one training of each kind')
     p.add_argument('--arms', nargs='+', choices=ARMS, default=None, help='default: all')
     p.add_argument('--join', nargs='+', type=Path, default=None, help='files of single arms, to be put together; nothing is trained')
+    p.add_argument('--stored', action='store_true', help='LDM-1 alone, from what is stored; nothing is trained')
     a = p.parse_args(args)
+    if a.stored: return claims_common.store(stored(), a.out)
     level = budget(a.budget)
     s = SETTINGS[level]
     if a.join: runs = [r for f in a.join for c in json.loads(f.read_text(encoding='utf-8')).values() for r in c['runs']]
