@@ -350,7 +350,7 @@ def emoji_tiles(
 # %% ../nbs/01_data.ipynb #fcf6da36
 def emoji_table() -> list[dict]:
     "One record for each concept: code, name, phrase, keywords, category, styles, held_out"
-    return json.loads(asset('sets/emoji/emoji.json').read_text(encoding='utf-8'))
+    return json.loads(lzma.decompress(asset('sets/emoji/emoji.json.xz').read_bytes()))
 
 # %% ../nbs/01_data.ipynb #b73abe91
 def emoji(

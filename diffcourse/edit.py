@@ -177,7 +177,7 @@ def evaluate_inpaint(
 glide_inpaint_shapes = register(Recipe(
     'glide_inpaint_shapes', 'glide_shapes, fine-tuned to be told some pixels',
     data=scenes_told, model=inpaint_net, loss=loss_inpaint(glide_denoiser(None)),
-    settings=dict(smoke=dict(steps=25, batch_size=32, lr=1e-3, warmup=5),
+    settings=dict(smoke=dict(steps=25, batch_size=32, lr=2e-4, warmup=5),
                   laptop=dict(steps=800, batch_size=32, lr=1e-3, ema=.99),
                   gpu=dict(steps=10_000, batch_size=256, lr=5e-4, warmup=500, ema=.9995)),
     evaluate=evaluate_inpaint))

@@ -391,6 +391,7 @@ def weight_file(
     require(is_file or shipped(name_or_path), f'no embedded weights {name_or_path!r}; there are: '
             + (', '.join(shipped_names()) or 'none'))
     path = Path(name_or_path) if is_file else asset(f'weights/{name_or_path}.safetensors')
+    require(path.exists(), f'there is no weight file {path}')
     told = path.with_suffix('.json') if is_file else asset(f'weights/{name_or_path}.json')
     card = json.loads(told.read_text(encoding='utf-8')) if path.exists() and told.exists() else {}
     require(not is_file or card.get('sha256') in (None, sha256(path)), f'{path} does not have the SHA-256 of its card '

@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import io
 import json
+import lzma
 import re
 import subprocess
 import tarfile
@@ -137,8 +138,8 @@ def build(folder: Path, quality: int = 95) -> int:
             picture.save(tmp, 'WEBP', quality=quality, method=6)
             total += tmp.stat().st_size
     lines = ',\n'.join(json.dumps(c, ensure_ascii=False) for c in items)
-    with atomic_write(OUT / 'emoji.json') as tmp:
-        tmp.write_text(f'[\n{lines}\n]\n', encoding='utf-8')
+    with atomic_write(OUT / 'emoji.json.xz') as tmp:
+        tmp.write_bytes(lzma.compress(f'[\n{lines}\n]\n'.encode(), preset=9))
         total += tmp.stat().st_size
     return total
 

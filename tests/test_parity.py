@@ -278,7 +278,9 @@ def test_every_checker_was_seen_failing():
     from tests.test_parity_openai import MUTATIONS as OPENAI
     named = {f.__name__ for name, *_ in [*MUTATIONS, *OPENAI, *CODES] for f in [parity.checker(name)]}
     elsewhere = {'full_ddpm', 'adm_evaluator', 'full_openai_unet', 'gd_train_step', 'fid_block', 'full_inception',
-                 'ldm_samplers', 'sd2_v_prediction', 'latent_unet', 'ldm_schedules', 'ldm_p_losses', 'sdunclip_noise_aug', 'ldm_bert'}
+                 'ldm_samplers', 'sd2_v_prediction', 'latent_unet', 'ldm_schedules', 'ldm_p_losses', 'sdunclip_noise_aug', 'ldm_bert',
+                 'clip_text', 'clip_tokenizer', 'clip_towers', 'glide_denoiser', 'glide_levels', 'glide_noised_clip', 'full_glide',
+                 'karlo_prior', 'karlo_unet', 'kl_stage', 'vq_stage', 'patch_critic', 'diagonal_gaussian', 'ddpm_unet'}
     assert named | elsewhere | set(HOMEMADE) == {f.__name__ for f in parity.FAMILIES.values()}
 
 

@@ -176,17 +176,19 @@ def whole():
     return dalle2.DallE2(w, *parts)
 
 
-def test_zero_noise_gives_the_picture_back_and_more_steps_do_it_better(whole):
+def test_zero_noise_gives_the_picture_back_and_more_steps_do_it_better():
     from diffcourse import data
     from diffcourse.core import to_float
-    whole.decoder.out[-1].weight.data.mul_(.1)                      # a tame network: nearly the same answer everywhere
+    from diffcourse.weights import shipped
+    if not shipped('unclip_decoder_shapes'): pytest.skip('needs a trained decoder')
+    trained = dalle2.dalle2('shapes')
     x = data.shapes(2, seed=3, things=(1,)).images
     error = {}
     for steps in (10, 40):
-        z, x_T = whole.invert(x, steps)
-        error[steps] = float((whole.decode(z, x_T=x_T, scale=1., steps=steps) - to_float(x)).square().mean())
-    z, _ = whole.invert(x, 10)
-    assert error[40] < error[10] and error[40] < float((whole.decode(z, seed=1, scale=1., steps=40) - to_float(x)).square().mean())
+        z, x_T = trained.invert(x, steps)
+        error[steps] = float((trained.decode(z, x_T=x_T, scale=1., steps=steps) - to_float(x)).square().mean())
+    other = trained.decode(z, seed=1, scale=1., steps=40)
+    assert error[40] < error[10] < .1 * float((other - to_float(x)).square().mean()) + .03
 
 
 def test_the_parts_agree_about_shapes_and_seeds(whole):
