@@ -1,4 +1,4 @@
-"""Train several recipes side by side on one device, each for so many seconds: what a lent GPU is best used for.
+"""Train several recipes side by side on one device, each for so many seconds: what a GPU rented by the minute is best used for.
 
     python scripts/train_together.py OUT clip_shapes:100 glide_shapes:210 unclip_prior_shapes:150@clip_shapes
 
