@@ -1,9 +1,12 @@
-"""What the scripts that measure claims share: the beginning of their command line, and the file they write"""
+"""What the scripts that measure claims share: the beginning of their command line, means over seeds, and the file they write"""
 import argparse
 import json
 from pathlib import Path
 
-from diffcourse.core import BUDGETS, atomic_write
+import torch
+
+from diffcourse.core import BUDGETS, atomic_write, default_device
+from diffcourse.train import device_name
 
 
 def parser(
@@ -17,6 +20,20 @@ def parser(
     p.add_argument('--out', type=Path, required=True, help='JSON file to write')
     p.add_argument('--seeds', type=int, nargs='+', default=seeds, help=of_seeds)
     return p
+
+
+def over_seeds(
+    id: str,      # of a claim
+    runs: list,   # one dict of numbers for each seed
+    level: str,   # the budget
+    size: dict,   # what the budget meant
+) -> dict:        # an entry of `store`'s result
+    "Means and spreads of a claim's numbers, with where and how they were measured"
+    for r in runs: print(id, json.dumps(r), flush=True)
+    numbers, several = {k: torch.tensor([r[k] for r in runs], dtype=torch.float64) for k in runs[0]}, len(runs) > 1
+    return dict(numbers={k: float(v.mean()) for k, v in numbers.items()}, seeds=len(runs), runs=runs if several else [],
+                spread={k: float(v.std()) for k, v in numbers.items()} if several else {}, budget=level,
+                device=device_name(default_device()), settings=size)
 
 
 def store(result: dict, out: Path) -> None:

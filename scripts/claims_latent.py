@@ -19,7 +19,7 @@ from diffcourse.glide import held_out, told_scenes, unseen_captions
 from diffcourse.latent import (attention_maps, clouds, guided, latent_denoiser, ldm_shapes, loss_latent, read_words, small_unet,
                                stage_of, text_to_latents, word_maps)
 from diffcourse.shapes import Scene, caption, masks
-from diffcourse.train import Trainer, device_name
+from diffcourse.train import Trainer
 from diffcourse.weights import load_weights, shipped
 
 SIZES = {'smoke': dict(scenes=6, pairs=20, steps=20, train=300, drawn=8), 'laptop': dict(scenes=200, pairs=300, steps=700, train=6000, drawn=200),
@@ -141,11 +141,7 @@ def main(args=None):
         missing = [n for n in names if not shipped(n)]
         require(not missing, f'{id} needs weights that are not shipped: {", ".join(missing)}; choose others with --only')
         runs = [measure(SIZES[level], s) for s in a.seeds]
-        for r in runs: print(id, json.dumps(r), flush=True)
-        numbers = {k: torch.tensor([r[k] for r in runs], dtype=torch.float64) for k in runs[0]}
-        out[id] = dict(numbers={k: float(v.mean()) for k, v in numbers.items()}, seeds=len(runs), runs=runs if len(runs) > 1 else [],
-                       spread={k: float(v.std()) for k, v in numbers.items()} if len(runs) > 1 else {}, budget=level,
-                       device=device_name(default_device()), settings=SIZES[level])
+        out[id] = claims_common.over_seeds(id, runs, level, SIZES[level])
     claims_common.store(out, a.out)
 
 

@@ -12,11 +12,11 @@ import claims_common
 import torch
 
 from diffcourse import data, glide, metrics, scores
-from diffcourse.core import budget, default_device, require
+from diffcourse.core import budget, require
 from diffcourse.dalle import shapes_bpe
 from diffcourse.dalle2 import dalle2, decoder_denoiser, moments_of, nothing_said, painted, told, unclip_decoder_shapes
 from diffcourse.shapes import COLOURS, caption, parse_many
-from diffcourse.train import Trainer, device_name
+from diffcourse.train import Trainer
 from diffcourse.unclip import loss_decoder
 from diffcourse.weights import load_card, load_weights, shipped
 
@@ -133,11 +133,7 @@ def main(args=None):
         missing = [n for n in names if not shipped(n)]
         require(not missing, f'{id} needs weights that are not shipped: {", ".join(missing)}; choose others with --only')
         runs = [CLAIMS[id](system, SIZES[level], s) for s in a.seeds]
-        for r in runs: print(id, json.dumps(r), flush=True)
-        numbers = {k: torch.tensor([r[k] for r in runs], dtype=torch.float64) for k in runs[0]}
-        out[id] = dict(numbers={k: float(v.mean()) for k, v in numbers.items()}, seeds=len(runs), runs=runs if len(runs) > 1 else [],
-                       spread={k: float(v.std()) for k, v in numbers.items()} if len(runs) > 1 else {}, budget=level,
-                       device=device_name(default_device()), settings=SIZES[level])
+        out[id] = claims_common.over_seeds(id, runs, level, SIZES[level])
     claims_common.store(out, a.out)
 
 
