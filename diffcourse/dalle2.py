@@ -160,9 +160,9 @@ def small_decoder(
 # %% ../nbs/15a_dalle2.ipynb #b04306b0
 def decoder_denoiser(
     net: Callable,  # a small decoder
-) -> Denoiser:      # x0 on the shifted cosine schedule, clipped
+) -> Denoiser:      # v on the shifted cosine schedule, clips x0
     "The set-up of the small decoders"
-    return Denoiser(net, shifted_cosine(-2.), 'x0').guided(x0=clip_x0)
+    return Denoiser(net, shifted_cosine(-1.), 'v').guided(x0=clip_x0)
 
 # %% ../nbs/15a_dalle2.ipynb #b63de1c7
 PRIORS = ('diffusion', 'ar', 'none')

@@ -111,7 +111,7 @@ def random_masks(
 
 # %% ../nbs/14a_edit.ipynb #d9afab92
 def loss_inpaint(
-    denoiser: Denoiser,  # schedule; predicts x0
+    denoiser: Denoiser,  # schedule and parameterisation
     **how,               # for `loss_glide`
 ) -> Callable:           # a loss (model, batch, draws)
     "GLIDE's loss for a network that is told some pixels"
@@ -237,7 +237,7 @@ def shrunk(
 
 # %% ../nbs/14a_edit.ipynb #a9edd7ba
 def loss_enlarge(
-    denoiser: Denoiser,  # schedule; predicts x0
+    denoiser: Denoiser,  # schedule and parameterisation
     factor: int,         # how many times smaller the small picture is
     most: float = .8,    # largest standard deviation of its blur, in its pixels
     **how,               # for `loss_glide`

@@ -29,7 +29,7 @@ from .cfg import classifier_free, drop_conditions
 from .core import generator, require, to_float
 from .dalle import ASKED, BPE, caption_tokens, emoji_bpe, shapes_bpe
 from .ddim import ddim
-from .ddpm import Denoiser, Path as Steps, Schedule, clip_x0, device_of, q_sample, sample
+from .ddpm import Denoiser, Path as Steps, Schedule, clip_x0, device_of, loss_simple, sample
 from .layers import official_names, official_schema, read_official
 from .openai_unet import (SuperResModel, UNetModel, _denoiser_settings, _factors, _multipliers, enlarged,
                                     which_release)
@@ -239,28 +239,22 @@ def shifted_cosine(
 
 def glide_denoiser(
     net: Callable,        # of the recipes here
-    shift: float = -2.,   # of the schedule
-) -> Denoiser:            # x0 on the shifted cosine schedule, clipped
+    shift: float = -1.,   # of the schedule
+) -> Denoiser:            # v on the shifted cosine schedule, clips x0
     "The set-up of the small recipes"
-    return Denoiser(net, shifted_cosine(shift), 'x0').guided(x0=clip_x0)
+    return Denoiser(net, shifted_cosine(shift), 'v').guided(x0=clip_x0)
 
 # %% ../nbs/14_glide.ipynb #fed731d7
 def loss_glide(
-    denoiser: Denoiser,  # schedule; predicts x0
+    denoiser: Denoiser,  # schedule and parameterisation
     p: float = .1,       # share of captions emptied
-    most: float = 5.,    # largest weight of a noise level, 1 + SNR otherwise
     cond: tuple = (),    # further entries of the batch that the network takes
 ) -> Callable:           # a loss (model, batch, draws) on batches of `captioned`
-    "Squared error of x0, weighted by min(1 + SNR, most); some captions emptied (Nichol et al. 2021, section 2.3)"
-    path = denoiser.schedule.steps()
-    require(denoiser.parameterization == 'x0', f'loss_glide trains x0, not {denoiser.parameterization}')
+    "DDPM's simple loss with some captions emptied (Nichol et al. 2021, section 2.3)"
+    plain = loss_simple(denoiser, cond=('tokens', 'mask', *cond))
     def read_and_denoise(model, batch, draws):
-        x0 = to_float(batch['x'])
-        text = drop_conditions({k: batch[k] for k in ('tokens', 'mask', *cond)}, p, draws, tokens=model.pad, mask=False)
-        t, noise = draws.integers(len(path), len(x0)), draws.normal(*x0.shape)
-        ᾱ = path.at(t).ᾱ
-        wrong = (model(q_sample(x0, ᾱ, noise), t, **text).float() - x0).square().flatten(1).mean(1)
-        return (wrong * (1 / (1 - ᾱ)).clamp(max=most).to(wrong)).mean()
+        batch = drop_conditions(batch, p, draws, tokens=model.pad, mask=False)
+        return plain(model, {**batch, 'x': to_float(batch['x'])}, draws)
     return read_and_denoise
 
 # %% ../nbs/14_glide.ipynb #cbe53725
@@ -380,15 +374,15 @@ def text_sampler(
     return draw
 
 # %% ../nbs/14_glide.ipynb #e0954937
-_small = dict(patch=2, image_size=32, in_channels=3, out_channels=3, num_res_blocks=1, num_head_channels=32,
+_small = dict(image_size=32, in_channels=3, out_channels=3, num_res_blocks=1, num_head_channels=32,
               use_scale_shift_norm=True, conv_resample=False, groups=8)
 
 def scenes_net(
     kind: type = Text2ImUNet,  # or one of its variants
 ) -> Text2ImUNet:
     "The network of `glide_shapes`"
-    return kind(n_vocab=len(shapes_bpe()) + 1, text_ctx=16, xf_width=64, xf_layers=2, xf_heads=4, model_channels=32,
-                channel_mult=(1, 2), attention_resolutions=(4,), **_small)
+    return kind(n_vocab=len(shapes_bpe()) + 1, text_ctx=16, xf_width=64, xf_layers=2, xf_heads=4, model_channels=16,
+                channel_mult=(1, 3, 4), attention_resolutions=(4,), **_small)
 
 # %% ../nbs/14_glide.ipynb #7417c686
 def scenes_told(
@@ -398,7 +392,7 @@ def scenes_told(
     return captioned(*told_scenes(dict(smoke=600, laptop=40_000, gpu=120_000)[level]), shapes_bpe(), 16)
 
 glide_shapes = register(Recipe(
-    'glide_shapes', 'GLIDE of scenes with one or two shapes, 32×32, 0.9 M parameters, predicts x0',
+    'glide_shapes', 'GLIDE of scenes with one or two shapes, 32×32, 0.9 M parameters, predicts v',
     data=scenes_told, model=scenes_net, loss=loss_glide(glide_denoiser(None)),
     settings=dict(smoke=dict(steps=25, batch_size=32, lr=2e-3, warmup=5),
                   laptop=dict(steps=4500, batch_size=32, lr=2e-3, ema=.998),
@@ -452,8 +446,8 @@ EMOJI_ASKED = (
 def glide_emoji_denoiser(
     net: Callable,  # `glide_emoji`'s network
 ) -> Denoiser:
-    "x0 on a cosine schedule with a little more noise"
-    return glide_denoiser(net, -1.)
+    "v on the cosine schedule"
+    return glide_denoiser(net, 0.)
 
 def emoji_told(
     level: str,  # a budget
@@ -466,8 +460,8 @@ def emoji_net(
     kind: type = Text2ImUNet,  # or one of its variants
 ) -> Text2ImUNet:
     "The network of `glide_emoji`"
-    return kind(n_vocab=len(emoji_bpe()) + 1, text_ctx=24, xf_width=64, xf_layers=2, xf_heads=4, model_channels=32,
-                channel_mult=(1, 2, 2), attention_resolutions=(4, 8), **_small)
+    return kind(n_vocab=len(emoji_bpe()) + 1, text_ctx=24, xf_width=64, xf_layers=2, xf_heads=4, model_channels=16,
+                channel_mult=(1, 3, 4, 4), attention_resolutions=(4, 8), **_small)
 
 # %% ../nbs/14_glide.ipynb #c80c01ed
 @torch.no_grad()
@@ -502,7 +496,7 @@ def evaluate_emoji(
 
 # %% ../nbs/14_glide.ipynb #aa74ebd1
 glide_emoji = register(Recipe(
-    'glide_emoji', 'GLIDE of emoji by name and style, 32×32, 1.4 M parameters, predicts x0',
+    'glide_emoji', 'GLIDE of emoji by name and style, 32×32, 1.4 M parameters, predicts v',
     data=emoji_told, model=emoji_net, loss=loss_glide(glide_emoji_denoiser(None)),
     settings=dict(smoke=dict(steps=25, batch_size=32, lr=2e-3, warmup=5),
                   laptop=dict(steps=2800, batch_size=32, lr=2e-3, ema=.998),

@@ -665,7 +665,7 @@ def small_unet(
 ) -> LatentUNet:
     "The networks of this page"
     sizes = dict(emoji=dict(image_size=16, channel_mult=(2, 4), attention_resolutions=(2,), num_head_channels=16),
-                 shapes=dict(image_size=8, channel_mult=(1.5, 2), attention_resolutions=(1, 2), num_head_channels=8))
+                 shapes=dict(image_size=8, channel_mult=(2, 3), attention_resolutions=(1, 2), num_head_channels=8))
     return LatentUNet(in_channels=4, out_channels=4, model_channels=16, num_res_blocks=1, context_dim=96, groups=8,
                       use_spatial_transformer=True, use_scale_shift_norm=True, conv_resample=False, **sizes[kind])
 

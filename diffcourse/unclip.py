@@ -20,7 +20,7 @@ from torch import Tensor, nn
 # %% ../nbs/15_unclip.ipynb #722a10c3
 from .cfg import classifier_free, combine, drop_conditions
 from .core import generator, require, to_float
-from .ddpm import Denoiser, Schedule, device_of, loss_simple, q_sample, sample
+from .ddpm import Denoiser, Schedule, device_of, loss_simple, sample
 from .layers import official_names, official_schema, read_official, timestep_embedding
 from .openai_unet import SuperResModel, UNetModel, which_release
 from .priors import GPT, Block, generate, token_loss
@@ -344,21 +344,14 @@ def loss_decoder(
     null: Callable,        # () → txt_feat, txt_feat_seq, mask of the empty caption, (1, …)
     blind: float = .1,     # share of embeddings left out
     silent: float = .5,    # share of captions left out
-    most: float | None = 5., # where x0 is predicted: largest weight of a noise level, 1 + SNR otherwise
 ) -> Callable:             # a loss (model, batch, draws); the batch has 'x', 'y', 'txt_feat', 'txt_feat_seq', 'mask'
     "The denoiser's loss with embeddings and captions left out, each by a coin of its own"
-    path, told = denoiser.schedule.steps(), ('y', 'txt_feat', 'txt_feat_seq', 'mask')
+    plain = loss_simple(denoiser, cond=('y', 'txt_feat', 'txt_feat_seq', 'mask'))
     def loss(model, batch, draws):
         batch = drop_conditions(batch, blind, draws, y=model.cf_param)
         batch = drop_conditions(batch, silent, draws, **null())
-        x0 = to_float(batch['x']) if batch['x'].dtype == torch.uint8 else batch['x']
-        t, noise = draws.integers(len(path), len(x0)), draws.normal(*x0.shape)
-        step = path.at(t)
-        x = q_sample(x0, step.ᾱ, noise)
-        answer = denoiser.mean_part(model(x, t, **{k: batch[k] for k in told}), x).float()
-        wrong = (answer - denoiser.target(x0, noise, x, step)).square().flatten(1).mean(1)
-        if denoiser.parameterization == 'x0' and most: wrong = wrong * (1 / (1 - step.ᾱ)).clamp(max=most).to(wrong)
-        return wrong.mean()
+        x = to_float(batch['x']) if batch['x'].dtype == torch.uint8 else batch['x']
+        return plain(model, {**batch, 'x': x}, draws)
     return loss
 
 # %% ../nbs/15_unclip.ipynb #04f320c6

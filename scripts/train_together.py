@@ -5,8 +5,9 @@
 `name:seconds` gives a recipe its time from its first step on; `@other` makes it wait for another one, whose weights
 are put among the shipped ones (and into the manifest) first; `name:seconds+start` goes on from the weights of another.
 `--measure name …` afterwards, on any machine, writes what the recipes' `evaluate` finds of shipped weights into their cards.
-The number of steps is set from the speed measured during warm-up, while the learning rate does not depend on it yet:
-the run is the one that `diffcourse train NAME --steps N` makes, and its card says N.
+The number of steps follows the speed: every two hundred steps it is estimated again, and with it the cosine of the learning
+rate, which therefore ends at zero when the time does. The card says how many steps there were. Networks named in COMPILE=name,name
+are compiled, and run as they are where that fails.
 """
 import fcntl, json, os, re, shutil, subprocess, sys, time
 from pathlib import Path
@@ -35,6 +36,7 @@ def train(name, seconds, start, out: Path, level: str) -> dict:
     from diffcourse.weights import load_weights, save_weights, weight_file
     from diffcourse import zoo  # noqa: F401 (registers every recipe)
     torch.backends.cudnn.benchmark = True
+    torch._dynamo.config.suppress_errors = True
     recipe, begin = find_recipe(name), time.time()
     how = {**recipe.settings[level], 'steps': 10**7}
     how['warmup'] = min(how.get('warmup', 100), 300)
@@ -43,21 +45,21 @@ def train(name, seconds, start, out: Path, level: str) -> dict:
         torch.manual_seed(how.get('seed', 0))
         model = recipe.model()
     if start: load_weights(start, model).train()
-    t = Trainer(model, recipe.loss, data, name=name, **how)
+    t = Trainer(model, recipe.loss, data, name=name, compile=name in os.environ.get('COMPILE', '').split(','), **how)
     t.origin = {'recipe': name, 'budget': level}
     if start: t.origin['start'] = {k: weight_file(start)[1].get(k) for k in ('name', 'steps', 'seconds', 'sha256')}
     t.objective.train()
     print(f'{name}: ready after {time.time() - begin:.0f} s', flush=True)
-    first, cpu, warm = time.time(), time.process_time(), max(20, t.settings.warmup)
-    while t.step < 10 or (t.step < warm and time.time() - first < seconds / 3):
-        t.update([])
-        if t.step == 5 or (t.step == warm // 2 > 5): half = time.time(), t.step   # the first ones are slow
-    speed = (t.step - half[1]) / (time.time() - half[0])
-    t.settings.steps = t.step + max(1, int(.95 * speed * (first + seconds - time.time())))
-    print(f'{name}: {speed:.1f} steps/s, {t.settings.steps} steps', flush=True)
+    first, cpu, mark = time.time(), time.process_time(), None
     while t.step < t.settings.steps and time.time() < first + seconds:
         t.update([])
-        if t.step % 500 == 0: print(f'{name}: {t.step} {sum(t.losses[-100:]) / 100:.4f}', flush=True)
+        if t.step in (10, 50) or t.step % 200 == 0:                               # the first ones are slow
+            now, mark, before = time.time(), (t.step, time.time()), mark
+            if not before: continue
+            speed, left = (t.step - before[0]) / (now - before[1]), first + seconds - now
+            t.settings.steps = t.step + max(1, int(.98 * speed * left))
+            if t.step % 1000 in (0, 50): print(f'{name}: {t.step} of {t.settings.steps}, {speed:.1f} steps/s, '
+                                               f'loss {sum(t.losses[-100:]) / len(t.losses[-100:]):.4f}', flush=True)
     t.seconds, t.cpu_seconds = time.time() - first, time.process_time() - cpu
     card = dict(t.card(), metrics={}, beside='other trainings on the same device')
     path = save_weights(out / f'{name}.safetensors', t.ema_model(), card, 'int8')
