@@ -4,15 +4,16 @@ The official outputs are checked by `python -m tests.parity FOLDER`; here its ch
 this package writes itself.
 """
 import json
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from diffcourse import edit, glide, layers, openai_unet
+from diffcourse import dalle, edit, glide, layers, openai_unet
 from diffcourse.core import CourseError, Draws, generator
-from diffcourse.dalle import shapes_bpe
+from diffcourse.dalle import clip_bpe, gpt2_bpe, shapes_bpe
 from diffcourse.ddpm import Schedule
 from diffcourse.shapes import scenes
 from tests import parity
@@ -111,6 +112,37 @@ CHANGES = [('glide_text2im', glide.Text2ImUNet, 'encode_text', padding_ignored),
 def test_changed_code_fails(folder, monkeypatch, name, owner, what, change):
     monkeypatch.setattr(owner, what, change(getattr(owner, what)))
     assert one(folder, name).word == 'FAILED'
+
+
+@pytest.fixture
+def vocabularies():
+    "GPT-2's and CLIP's, where they are kept or can be fetched"
+    try: gpt2_bpe(), clip_bpe()
+    except CourseError as e: pytest.skip(str(e))
+
+
+def no_gathering(original): return lambda text: [piece for word in original(text) for piece in word.split(' ') if piece]
+def loose_spaces(original): return lambda text: [piece for word in original(text) for piece in re.split('( )', word) if piece]
+def case_kept(original): return lambda text: dalle.gpt2_words(text)
+def zeros(original): return lambda bpe, *a: (lambda rows, mask: (rows * mask, mask))(*original(bpe, *a))
+def end_counts(original): return lambda bpe, *a: (lambda rows, mask: (rows, mask.roll(1, 1) | mask))(*original(bpe, *a))
+def by_spaces(original): return str.split
+def fewer(original): return lambda: original()[1:]
+
+
+def test_words_are_numbered_as_released(vocabularies):
+    v = one(parity.HERE / 'golden', 'glide_tokenizers')
+    assert v.word == 'passed' and v.note == '32 of 32 outputs', parity.line(v)
+
+
+@pytest.mark.parametrize('owner, what, change', [
+    (dalle, 'gpt2_words', no_gathering), (dalle, 'gpt2_words', loose_spaces), (dalle.GPT2BPE, 'words_in', case_kept),
+    (glide, 'glide_tokens', zeros), (glide, 'glide_tokens', end_counts), (dalle, 'words_of', by_spaces),
+    (edit, 'fast27', fewer)], ids=lambda v: getattr(v, '__name__', str(v)))
+def test_other_words_are_noticed(vocabularies, monkeypatch, owner, what, change):
+    new = change(getattr(owner, what))
+    monkeypatch.setattr(owner, what, staticmethod(new) if isinstance(owner, type) else new)
+    assert one(parity.HERE / 'golden', 'glide_tokenizers').word == 'FAILED'
 
 
 def test_released_layouts():
