@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['attention', 'timestep_embedding', 'group_norm', 'Downsample', 'Upsample', 'zero_init', 'official_names',
-           'official_schema', 'read_official', 'recognise']
+           'official_schema', 'read_official', 'recognise', 'build_official']
 
 # %% ../nbs/02a_layers.ipynb #5cd9be24
 import json
 import lzma
 import math
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -159,3 +160,21 @@ def recognise(
     "Which released models have this layout, key for key and shape for shape?"
     have = layout(state)
     return [n for n in official_names() if layout(official_schema(n)['state_dict']) == have]
+
+# %% ../nbs/02a_layers.ipynb #79cf3604
+def build_official(
+    name: str,             # such as 'sd-v1/unet'; a file's 'sd-v1__unet' will do
+    names: Sequence[str],  # of the released models that may be meant
+    build: Callable,       # published configuration → network
+    device=None,           # where to build; 'meta' allocates nothing
+    what: str = 'network', # what such a model is, for the message
+) -> nn.Module:            # with the attributes `official` (its name) and `flags` (its configuration)
+    "The network of a released model, with its layout compared key for key"
+    name = name.replace('__', '/')
+    require(name in names, f'{name!r} is no released {what}; known: {", ".join(names)}')
+    schema = official_schema(name)
+    with torch.device(device or torch.get_default_device()): model = build(schema['config'])
+    differences = layout_differences(model, schema['state_dict'])
+    require(not differences, f'the network built for {name} does not have its layout. {differences}')
+    model.official, model.flags = name, schema['config']
+    return model

@@ -16,9 +16,9 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .core import atomic_write, require
-from .layers import (Downsample, Upsample, attention, group_norm, official_schema, read_official,
-                               timestep_embedding, zero_init)
-from .weights import layout_differences, load_strict
+from .layers import (Downsample, Upsample, attention, build_official, group_norm, official_names,
+                               read_official, timestep_embedding, zero_init)
+from .weights import load_strict
 
 # %% ../nbs/07b_unet.ipynb #76f08c1d
 class TimeMLP(nn.Module):
@@ -249,13 +249,8 @@ def from_official(
     device=None,  # where to build; 'meta' allocates nothing
 ) -> UNet:
     "The U-Net of a released DDPM, with its layout compared key for key"
-    schema = official_schema(name)
-    require(name.replace('__', '/').startswith('ddpm-ermongroup/'),
-            f'{name} is not a DDPM U-Net: its chapter builds it')
-    model = cls.from_config(schema['config'], device)
-    differences = layout_differences(model, schema['state_dict'])
-    require(not differences, f'the network built for {name} does not have its layout. {differences}')
-    return model
+    names = [n for n in official_names() if n.startswith('ddpm-ermongroup/')]
+    return build_official(name, names, cls.from_config, device, "U-Net of DDPM's")
 
 # %% ../nbs/07b_unet.ipynb #37d03b1d
 def load_official(

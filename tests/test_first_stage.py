@@ -167,7 +167,7 @@ def tiny_release(monkeypatch):
     "A released model that is small enough to be written to disk"
     net = AutoencoderKL(**CONFIGS['autoencoder_kl'])
     monkeypatch.setattr(first_stage, 'released', lambda: ['sd-tiny/first_stage_AutoencoderKL'])
-    monkeypatch.setattr(first_stage, 'official_schema', lambda name: dict(config=CONFIGS['autoencoder_kl'], state_dict=layout(net)))
+    monkeypatch.setattr(layers, 'official_schema', lambda name: dict(config=CONFIGS['autoencoder_kl'], state_dict=layout(net)))
     monkeypatch.setattr(first_stage, 'which_release', lambda state, where, names: names[0])
     return net
 

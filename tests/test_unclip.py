@@ -146,7 +146,7 @@ def test_a_wrong_file_is_named_by_its_first_keys(tiny_karlo, tmp_path):
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / 'x.safetensors')
     with pytest.raises(CourseError, match=r'no released model of karlo. Nearest is karlo/prior; missing: prd_emb; unknown: prd_embedding'):
         unclip.load_official(tmp_path / 'x.safetensors')
-    with pytest.raises(CourseError, match="none of Karlo's networks"): unclip.from_official('karlo/everything')
+    with pytest.raises(CourseError, match="no released network of Karlo"): unclip.from_official('karlo/everything')
 
 
 # ------------------------------------------------------------------------------------------------------- vectors and pictures
