@@ -3,7 +3,6 @@
 The official outputs are checked by `python -m tests.parity FOLDER`; here its checkers are seen failing on changed code, with goldens that
 this package writes itself.
 """
-import json
 import re
 
 import pytest
@@ -17,6 +16,7 @@ from diffcourse.dalle import clip_bpe, gpt2_bpe, shapes_bpe
 from diffcourse.ddpm import Schedule
 from diffcourse.shapes import scenes
 from tests import parity
+from tests.helpers.golden import one, write_golden
 
 TEXT = dict(n_vocab=40, text_ctx=12, xf_width=32, xf_layers=1, xf_heads=4, xf_final_ln=True, xf_padding=True)
 BASE = dict(in_channels=3, model_channels=32, out_channels=6, num_res_blocks=1, attention_resolutions=[2], dropout=.1,
@@ -41,14 +41,7 @@ def write(folder, name):
     "A golden of this name made by the code as it is"
     inputs, config = given(name), {**TEXT, **BASE}
     net = glide.KINDS['superres' in name, 'inpaint' in name](**config).eval()
-    net.load_state_dict(parity.procedural(layers.layout(net), 'salt/'))
-    text = {k: v for k, v in inputs.items() if k not in ('x', 'timesteps')}
-    with torch.no_grad():
-        last, words = net.encode_text(inputs['tokens'], inputs['mask'])
-        out = dict(y=net(inputs['x'], inputs['timesteps'], **text), xf_proj=last, xf_out=words.mT.contiguous())
-    tensors = {f'weights/{k}': v for k, v in net.state_dict().items()} | {f'in/{k}': v for k, v in inputs.items()}
-    save_file({k: v.contiguous().clone() for k, v in (tensors | {f'out/{k}': v for k, v in out.items()}).items()}, folder / f'{name}.safetensors')
-    (folder / f'{name}.json').write_text(json.dumps(dict(name=name, config=config, rtol=1e-5, atol=2e-5)))
+    write_golden(folder, name, config, inputs, parity.procedural(layers.layout(net), 'salt/'))
 
 
 @pytest.fixture(scope='module')
@@ -56,9 +49,6 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp('golden')
     for name in NAMES: write(path, name)
     return path
-
-
-def one(folder, name): return parity.check(parity.Golden(folder / f'{name}.json'))
 
 
 @pytest.mark.parametrize('name', NAMES)
