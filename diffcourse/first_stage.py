@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from . import data
 from .core import require, to_float
 from .extractors import load_lpips, lpips_file
-from .layers import Downsample, Upsample, build_official, group_norm, official_names, read_official
+from .layers import Downsample, Upsample, build_official, group_norm, official_names, read_official, swish
 from .metrics import psnr, ssim
 from .openai_unet import which_release
 from .train import Recipe, register
@@ -128,7 +128,7 @@ def forward(self: Encoder,
     for level in self.down:
         h = _pass(level, h)
         if hasattr(level, 'downsample'): h = level.downsample(h)
-    return self.conv_out(F.silu(self.norm_out(_through_middle(self.mid, h))))
+    return self.conv_out(swish(self.norm_out(_through_middle(self.mid, h))))
 
 # %% ../nbs/16_first_stage.ipynb #7155ded6
 class Decoder(nn.Module):
@@ -157,7 +157,7 @@ def forward(self: Decoder,
     for level in reversed(self.up):
         h = _pass(level, h)
         if hasattr(level, 'upsample'): h = level.upsample(h)
-    h = self.conv_out(F.silu(self.norm_out(h)))
+    h = self.conv_out(swish(self.norm_out(h)))
     return h.tanh() if self.config.tanh_out else h
 
 # %% ../nbs/16_first_stage.ipynb #952d487f

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .core import require
 from .layers import (Downsample, Upsample, attention, build_official, official_names, official_schema,
-                               read_official, recognise, timestep_embedding, zero_init)
+                               read_official, recognise, swish, timestep_embedding, zero_init)
 from .unet import _pointwise
 from .weights import layout, layout_differences, load_strict
 
@@ -72,15 +72,15 @@ def forward(
     emb: Tensor,  # the time's vector, (B, emb_channels)
 ) -> Tensor:      # (B, out_channels, H', W')
     "Features and time in, features out"
-    norm, bend, conv = self.in_layers
-    h = conv(self.resample(bend(norm(x))))
+    norm, _, conv = self.in_layers
+    h = conv(self.resample(swish(norm(x))))
     e = self.emb_layers(emb)[:, :, None, None].to(h.dtype)
-    norm, bend, drop, last = self.out_layers
+    norm, _, drop, last = self.out_layers
     if self.scale_shift:
         scale, shift = e.chunk(2, dim=1)
         h = norm(h) * (1 + scale) + shift
     else: h = norm(h + e)
-    return self.skip_connection(self.resample(x)) + last(drop(bend(h)))
+    return self.skip_connection(self.resample(x)) + last(drop(swish(h)))
 
 # %% ../nbs/09a_openai_unet.ipynb #eeb2e428
 class Resample(nn.Module):
