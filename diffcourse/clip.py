@@ -7,11 +7,11 @@ __all__ = ['MAX_SCALE', 'MEANS', 'STDS', 'PARTS', 'SCRIPT_EXTRAS', 'LENGTH', 'SI
            'noised_clip_shapes', 'noised_clip_emoji', 'clip_emoji_judge', 'contrastive_logits', 'contrastive_loss',
            'scale_of', 'clamp_scale', 'clip_tokens', 'Transformer', 'TextTower', 'VisionTransformer', 'Bottleneck',
            'AttentionPool2d', 'ModifiedResNet', 'CLIP', 'image_tower', 'open_clip_flags', 'CLIPTextModel',
-           'TextEncoder', 'ImageEncoder', 'NoisedCLIP', 'released', 'from_official', 'from_flags', 'which_release',
-           'load_official', 'clip_pixels', 'cached_backward', 'gathered', 'clip_words', 'tokens_of', 'says', 'mirrors',
-           'emoji_pairs', 'drawn', 'loss_emoji', 'loss_shapes', 'shape_pairs', 'noised', 'retrieval', 'embedded',
-           'evaluate_emoji', 'evaluate_shapes', 'evaluate_noised', 'small_clip', 'small_noised', 'judge_pairs',
-           'class_vectors', 'zero_shot', 'modality_gap', 'scorer', 'rerank']
+           'TextEncoder', 'ImageEncoder', 'NoisedCLIP', 'released', 'from_official', 'from_flags', 'load_official',
+           'clip_pixels', 'cached_backward', 'gathered', 'clip_words', 'tokens_of', 'says', 'mirrors', 'emoji_pairs',
+           'drawn', 'loss_emoji', 'loss_shapes', 'shape_pairs', 'noised', 'retrieval', 'embedded', 'evaluate_emoji',
+           'evaluate_shapes', 'evaluate_noised', 'small_clip', 'small_noised', 'judge_pairs', 'class_vectors',
+           'zero_shot', 'modality_gap', 'scorer', 'rerank']
 
 # %% ../nbs/13_clip.ipynb #cb3b4cf7
 import math
@@ -33,11 +33,12 @@ from .core import Draws, generator, require, to_float
 from .dalle import BPE, CLIP_SPECIALS, clip_bpe, emoji_bpe, shapes_bpe
 from .dalle import rerank as rerank_by
 from .ddpm import Schedule, device_of, q_sample
-from .layers import attention, official_names, official_schema, recognise, timestep_embedding
+from .layers import attention, build_official, official_names, timestep_embedding
 from .metrics import jitter
+from .openai_unet import which_release
 from .priors import Block, ShortLinear, ShortNorm
 from .train import Recipe, register
-from .weights import layout, layout_differences, load_strict, load_tensors, load_weights
+from .weights import load_strict, load_tensors, load_weights
 
 # %% ../nbs/13_clip.ipynb #4a0bc88b
 MAX_SCALE = 100.   # the largest factor in front of the cosines (Radford et al. 2021, section 2.5)
@@ -554,14 +555,8 @@ def from_official(
     device=None,  # where to build; 'meta' allocates nothing
 ) -> nn.Module:   # with the attribute `official`
     "The network of a released model, with its layout compared key for key"
-    name = name.replace('__', '/')
-    require(name in released(), f'{name!r} is no released model of this page; known: {", ".join(released())}')
-    schema = official_schema(name)
-    with torch.device(device or 'cpu'): model = from_flags(schema['config'], name)
-    differences = layout_differences(model, schema['state_dict'])
-    require(not differences, f'the network built for {name} does not have its layout. {differences}')
-    model.official = name
-    return model
+    build = lambda flags: from_flags(flags, name.replace('__', '/'))
+    return build_official(name, released(), build, device or 'cpu', 'model of this page')
 
 # %% ../nbs/13_clip.ipynb #8b2f04f6
 def from_flags(
@@ -577,18 +572,6 @@ def from_flags(
 # %% ../nbs/13_clip.ipynb #a5d4629c
 SCRIPT_EXTRAS = ('input_resolution', 'context_length', 'vocab_size')   # numbers that OpenAI's TorchScript files carry
 
-def which_release(
-    state: dict,      # key → tensor
-    where: str = '',  # the file's name, for the message
-) -> str:             # such as 'clip/ViT-B-32'
-    "Which released model a state dict belongs to; another is refused with the first differing keys"
-    found = [n for n in recognise(state) if n in released()]
-    if found: return found[0]
-    have, shapes = layout(state), {n: layout(official_schema(n)['state_dict']) for n in released()}
-    best = max(shapes, key=lambda n: sum(have.get(k) == s for k, s in shapes[n].items()) / (len(shapes[n]) + len(have)))
-    require(False, f'{where or "the state dict"} is no released CLIP. Nearest is {best}; '
-            f'{layout_differences(have, shapes[best])}')
-
 def load_official(
     path: str | Path,            # a released file: OpenAI's .pt, OpenCLIP's .bin or .safetensors, a tower of GLIDE's
     trust: bool = False,         # run a TorchScript file whose SHA-256 is not that of a known release?
@@ -596,7 +579,7 @@ def load_official(
 ) -> nn.Module:                  # in eval mode, float32
     "Recognise a released checkpoint by its keys and shapes, build its network, load it strictly"
     state = {k: v for k, v in load_tensors(path, trust=trust).items() if k not in SCRIPT_EXTRAS}
-    model = from_official(which_release(state, str(path))) if model is None else model
+    model = from_official(which_release(state, str(path), released())) if model is None else model
     return load_strict(model, state, str(path)).eval().float()
 
 # %% ../nbs/13_clip.ipynb #4eb59816

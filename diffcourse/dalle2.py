@@ -27,7 +27,7 @@ from .core import generator, require, to_float
 from .dalle import ASKED as scenes_asked, MEANT as emoji_asked
 from .ddim import ddim, encode, slerp
 from .ddpm import Denoiser, Schedule, clip_x0, loss_simple, sample
-from .glide import scene_hits, share_interval, shifted_cosine, told_scenes, unseen_captions
+from .glide import obedience, shifted_cosine, told_scenes
 from .openai_unet import SuperResModel
 from .train import Recipe, find_recipe, register
 from .unclip import (ARPrior, Buckets, Moments, PriorTransformer, UnCLIPDecoder, draw_ar, draw_diffusion,
@@ -293,16 +293,9 @@ def evaluate_system(
     prior: str = 'diffusion',  # one of PRIORS
     seed: int = 10_000,        # of the draws
     **how,                     # for `imagine`
-) -> dict:                     # shares by the parser, with their intervals
-    "How well pictures obey sentences never seen, exactly"
-    out = {}
-    for kind, things in (('one', 1), ('two', 2)):
-        captions = unseen_captions(n, things)
-        hits = scene_hits(captions, system.imagine(captions, seed, prior, **how))
-        for k in ('shapes', 'colours', 'binding', 'background', 'relation', 'all'):
-            if k not in hits: continue
-            out[f'{kind}_{k}'], *out[f'{kind}_{k}_95'] = (round(v, 4) for v in share_interval(hits[k]))
-    return out | {'n': n}
+) -> dict:                     # see `obedience`
+    "How well a whole system obeys sentences never seen"
+    return obedience(lambda captions, s: system.imagine(captions, s, prior, **how), n, seed)
 
 # %% ../nbs/15a_dalle2.ipynb #e0ff84d1
 _sizes = dict(smoke=300, laptop=20_000, gpu=60_000)

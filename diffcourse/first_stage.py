@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from . import data
 from .core import require, to_float
 from .extractors import load_lpips, lpips_file
-from .layers import Downsample, Upsample, group_norm, official_names, official_schema, read_official
+from .layers import Downsample, Upsample, build_official, group_norm, official_names, read_official, swish
 from .metrics import psnr, ssim
 from .openai_unet import which_release
 from .train import Recipe, register
 from .unet import AttentionBlock, ResBlock, _diffusers_key, _level
 from .vae import DiagonalGaussian
 from .vqvae import Quantised, Quantiser, code_use
-from .weights import layout_differences, load_strict
+from .weights import load_strict
 
 # %% ../nbs/16_first_stage.ipynb #db0639b5
 @dataclass
@@ -128,7 +128,7 @@ def forward(self: Encoder,
     for level in self.down:
         h = _pass(level, h)
         if hasattr(level, 'downsample'): h = level.downsample(h)
-    return self.conv_out(F.silu(self.norm_out(_through_middle(self.mid, h))))
+    return self.conv_out(swish(self.norm_out(_through_middle(self.mid, h))))
 
 # %% ../nbs/16_first_stage.ipynb #7155ded6
 class Decoder(nn.Module):
@@ -157,7 +157,7 @@ def forward(self: Decoder,
     for level in reversed(self.up):
         h = _pass(level, h)
         if hasattr(level, 'upsample'): h = level.upsample(h)
-    h = self.conv_out(F.silu(self.norm_out(h)))
+    h = self.conv_out(swish(self.norm_out(h)))
     return h.tanh() if self.config.tanh_out else h
 
 # %% ../nbs/16_first_stage.ipynb #952d487f
@@ -442,15 +442,8 @@ def from_official(
     device=None,  # where to build; 'meta' allocates nothing
 ) -> FirstStage:  # with the attribute `official`, its name
     "The first stage of a released model, with its layout compared key for key"
-    name = name.replace('__', '/')
-    require(name in released(), f'{name!r} is no released first stage; known: {", ".join(released())}')
-    schema = official_schema(name)
-    kind = VQModel if 'n_embed' in schema['config'] else AutoencoderKL
-    with torch.device(device or torch.get_default_device()): model = kind(**schema['config'], scale=scale_of(name))
-    differences = layout_differences(model, schema['state_dict'])
-    require(not differences, f'the network built for {name} does not have its layout. {differences}')
-    model.official = name
-    return model
+    build = lambda flags: (VQModel if 'n_embed' in flags else AutoencoderKL)(**flags, scale=scale_of(name))
+    return build_official(name, released(), build, device, 'first stage')
 
 # %% ../nbs/16_first_stage.ipynb #0eed9068
 PARTS = ('encoder', 'decoder', 'quant_conv', 'post_quant_conv', 'quantize')

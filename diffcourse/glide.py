@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'glide_shapes', 'EMOJI_ASKED', 'glide_emoji', 'Transformer', 'Text2ImUNet', 'SuperResText2ImUNet', 'beside',
            'InpaintText2ImUNet', 'SuperResInpaintText2ImUnet', 'glide_released', 'from_glide_flags', 'from_official',
            'load_official', 'glide_tokens', 'captioned', 'shifted_cosine', 'glide_denoiser', 'loss_glide', 'Watched',
-           'text_to_image', 'held_out', 'told_scenes', 'unseen_captions', 'share_interval', 'scene_hits',
+           'text_to_image', 'held_out', 'told_scenes', 'unseen_captions', 'share_interval', 'scene_hits', 'obedience',
            'evaluate_scenes', 'text_sampler', 'scenes_net', 'scenes_told', 'clip_guidance', 'clean_gradient',
            'glide_emoji_denoiser', 'emoji_told', 'emoji_net', 'kinds_read', 'evaluate_emoji']
 
@@ -30,13 +30,14 @@ from .core import generator, require, to_float
 from .dalle import ASKED, BPE, caption_tokens, emoji_bpe, shapes_bpe
 from .ddim import ddim
 from .ddpm import Denoiser, Path as Steps, Schedule, clip_x0, device_of, loss_simple, sample
-from .layers import official_names, official_schema, read_official
+from .layers import build_official, official_names, official_schema, read_official
+from .measure import share_interval as wilson
 from .openai_unet import (SuperResModel, UNetModel, _denoiser_settings, _factors, _multipliers, enlarged,
                                     which_release)
 from .priors import Block
 from .shapes import matches, parse_many
 from .train import Recipe, progress_of, register
-from .weights import layout_differences, load_strict, load_weights
+from .weights import load_strict, load_weights
 
 # %% ../nbs/14_glide.ipynb #f30ae01d
 class Transformer(nn.Module):
@@ -190,14 +191,10 @@ def from_official(
     device=None,  # where to build; 'meta' allocates nothing
 ) -> Text2ImUNet: # with the attributes `official` and `flags`, for `adm.official_denoiser`
     "The network of a released model, with its layout compared key for key"
-    name = name.replace('__', '/')
-    require(name in glide_released(), f'{name!r} is no released network of GLIDE; known: {", ".join(glide_released())}')
-    schema = official_schema(name)
-    model = from_glide_flags(schema['config'], schema['n_vocab'], device)
-    differences = layout_differences(model, schema['state_dict'])
-    require(not differences, f'the network built for {name} does not have its layout. {differences}')
-    schedule = schema['config']['noise_schedule'].replace('squaredcos_cap_v2', 'cosine')
-    model.official, model.flags = name, schema['config'] | dict(noise_schedule=schedule, learn_sigma=True)
+    build = lambda flags: from_glide_flags(flags, official_schema(name)['n_vocab'])
+    model = build_official(name, glide_released(), build, device, 'network of GLIDE')
+    schedule = model.flags['noise_schedule'].replace('squaredcos_cap_v2', 'cosine')
+    model.flags = model.flags | dict(noise_schedule=schedule, learn_sigma=True)
     return model
 
 def load_official(
@@ -326,11 +323,10 @@ def share_interval(
     hits: Sequence[bool],  # of n trials
 ) -> tuple:                # share, and the ends of Wilson's interval of 95 %
     "How often it was right, and within what limits that may be luck"
-    n, z = len(hits), 1.959964
-    require(n > 0, 'a share of nothing: give at least one trial')
-    p = sum(hits) / n
-    middle, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return p, max(0., (middle - half) / (1 + z**2 / n)), min(1., (middle + half) / (1 + z**2 / n))
+    require(len(hits) > 0, 'a share of nothing: give at least one trial')
+    share = sum(hits) / len(hits)
+    low, high = wilson(share, len(hits))
+    return share, max(0., low), min(1., high)
 
 def scene_hits(
     captions: Sequence[str],  # of scenes
@@ -342,21 +338,28 @@ def scene_hits(
 
 # %% ../nbs/14_glide.ipynb #d16a88a9
 @torch.no_grad()
+def obedience(
+    draw: Callable,  # (captions, seed) → pictures, (N, 3, S, S) in [-1, 1]
+    n: int,          # held-out captions of each kind
+    seed: int,       # of the noise
+) -> dict:           # shares by the parser, with their intervals
+    "How well pictures obey sentences never seen, exactly, whoever draws them"
+    out = {}
+    for kind, things in (('one', 1), ('two', 2)):
+        captions = unseen_captions(n, things)
+        hits = scene_hits(captions, draw(captions, seed))
+        for k in hits:
+            if k != 'scene': out[f'{kind}_{k}'], *out[f'{kind}_{k}_95'] = (round(v, 4) for v in share_interval(hits[k]))
+    return out | {'n': n}
+
 def evaluate_scenes(
     model: Text2ImUNet,   # trained on scenes
     n: int = 200,         # held-out captions of each kind
     seed: int = 10_000,   # of the noise
     **how,                # for `text_to_image`: scale, steps, …
-) -> dict:                # shares by the parser, and the interval of the last one of each kind
-    "How well pictures obey sentences never seen, exactly"
-    out = {}
-    for name, things in (('one', 1), ('two', 2)):
-        captions = unseen_captions(n, things)
-        hits = scene_hits(captions, text_to_image(model, shapes_bpe(), captions, seed, **how))
-        keep = [k for k in hits if k != 'scene']
-        out |= {f'{name}_{k}': share_interval(hits[k])[0] for k in keep}
-        out |= {f'{name}_{k}_95': [round(v, 4) for v in share_interval(hits[k])[1:]] for k in ('binding', 'all')}
-    return out | {'n': n}
+) -> dict:                # see `obedience`
+    "How well a GLIDE obeys sentences never seen"
+    return obedience(lambda captions, s: text_to_image(model, shapes_bpe(), captions, s, **how), n, seed)
 
 # %% ../nbs/14_glide.ipynb #d0b9e09b
 def text_sampler(

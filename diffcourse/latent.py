@@ -36,13 +36,12 @@ from .dalle2 import nothing_said, world
 from .ddim import ddim, dpm_2m, needs_score, noise_source
 from .ddpm import Denoiser, Path as Steps, Schedule, Step, device_of, q_sample, sample, x0_from_eps
 from .first_stage import FirstStage, kl_emoji, kl_shapes
-from .glide import (EMOJI_ASKED, Watched, kinds_read, scene_hits, share_interval, shifted_cosine, told_scenes,
-                              unseen_captions)
-from .layers import (attention, group_norm, official_names, official_schema, read_official,
+from .glide import EMOJI_ASKED, Watched, kinds_read, obedience, shifted_cosine, told_scenes
+from .layers import (attention, build_official, group_norm, official_names, read_official,
                                timestep_embedding, zero_init)
 from .openai_unet import ContextBlock, UNetConfig, UNetModel, count_heads, which_release
 from .train import Recipe, register
-from .weights import layout_differences, load_strict, load_weights, shipped
+from .weights import load_strict, load_weights, shipped
 
 # %% ../nbs/16a_latent.ipynb #1cffc7a4
 class CrossAttention(nn.Module):
@@ -238,14 +237,7 @@ def from_official(
     device=None,   # where to build; 'meta' allocates nothing
 ) -> LatentUNet:   # with the attributes `official` (its name) and `flags` (its schedule and more)
     "The network of a released model, with its layout compared key for key"
-    name = name.replace('__', '/')
-    require(name in released(), f'{name!r} is no released latent denoiser; known: {", ".join(released())}')
-    schema = official_schema(name)
-    with torch.device(device or torch.get_default_device()): model = LatentUNet(**schema['config']['unet'])
-    differences = layout_differences(model, schema['state_dict'])
-    require(not differences, f'the network built for {name} does not have its layout. {differences}')
-    model.official, model.flags = name, {k: v for k, v in schema['config'].items() if k != 'unet'}
-    return model
+    return build_official(name, released(), lambda flags: LatentUNet(**flags['unet']), device, 'latent denoiser')
 
 # %% ../nbs/16a_latent.ipynb #57a7e21c
 def official_denoiser(
@@ -629,15 +621,9 @@ def evaluate_scenes(
     n: int = 200,         # held-out captions of each kind
     seed: int = 10_000,   # of the noise
     **how,                # for `text_to_image`: scale, steps, …
-) -> dict:                # shares by the parser, with their intervals
-    "How well pictures obey sentences never seen, exactly"
-    out = {}
-    for kind, things in (('one', 1), ('two', 2)):
-        captions = unseen_captions(n, things)
-        hits = scene_hits(captions, text_to_image(model, captions, 'shapes', seed, **how))
-        for k in hits:
-            if k != 'scene': out[f'{kind}_{k}'], *out[f'{kind}_{k}_95'] = (round(v, 4) for v in share_interval(hits[k]))
-    return out | {'n': n}
+) -> dict:                # see `obedience`
+    "How well a latent diffusion obeys sentences never seen"
+    return obedience(lambda captions, s: text_to_image(model, captions, 'shapes', s, **how), n, seed)
 
 # %% ../nbs/16a_latent.ipynb #b2df7a0b
 def evaluate_emoji(

@@ -19,8 +19,8 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .core import require
-from .layers import (Downsample, Upsample, attention, official_names, official_schema, read_official,
-                               recognise, timestep_embedding, zero_init)
+from .layers import (Downsample, Upsample, attention, build_official, official_names, official_schema,
+                               read_official, recognise, swish, timestep_embedding, zero_init)
 from .unet import _pointwise
 from .weights import layout, layout_differences, load_strict
 
@@ -72,15 +72,15 @@ def forward(
     emb: Tensor,  # the time's vector, (B, emb_channels)
 ) -> Tensor:      # (B, out_channels, H', W')
     "Features and time in, features out"
-    norm, bend, conv = self.in_layers
-    h = conv(self.resample(bend(norm(x))))
+    norm, _, conv = self.in_layers
+    h = conv(self.resample(swish(norm(x))))
     e = self.emb_layers(emb)[:, :, None, None].to(h.dtype)
-    norm, bend, drop, last = self.out_layers
+    norm, _, drop, last = self.out_layers
     if self.scale_shift:
         scale, shift = e.chunk(2, dim=1)
         h = norm(h) * (1 + scale) + shift
     else: h = norm(h + e)
-    return self.skip_connection(self.resample(x)) + last(drop(bend(h)))
+    return self.skip_connection(self.resample(x)) + last(drop(swish(h)))
 
 # %% ../nbs/09a_openai_unet.ipynb #eeb2e428
 class Resample(nn.Module):
@@ -519,14 +519,7 @@ def from_official(
     device=None,  # where to build; 'meta' allocates nothing
 ) -> HalfUNet:    # with the attributes `official` (its name) and `flags` (its schedule and more)
     "The network of a released model, with its layout compared key for key"
-    name = name.replace('__', '/')
-    require(name in released(), f'{name!r} is no released network of this page; known: {", ".join(released())}')
-    schema = official_schema(name)
-    model = from_flags(schema['config'], device)
-    differences = layout_differences(model, schema['state_dict'])
-    require(not differences, f'the network built for {name} does not have its layout. {differences}')
-    model.official, model.flags = name, schema['config']
-    return model
+    return build_official(name, released(), from_flags, device, 'network of this page')
 
 # %% ../nbs/09a_openai_unet.ipynb #33db511a
 def _nearest(state, names):

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from .cfg import classifier_free, combine, drop_conditions
 from .core import generator, require, to_float
 from .ddpm import Denoiser, Schedule, device_of, loss_simple, sample
-from .layers import official_names, official_schema, read_official, timestep_embedding
+from .layers import build_official, official_names, read_official, timestep_embedding
 from .openai_unet import SuperResModel, UNetModel, which_release
 from .priors import GPT, Block, generate, token_loss
-from .weights import layout_differences, load_strict
+from .weights import load_strict
 
 # %% ../nbs/15_unclip.ipynb #95a584d3
 @dataclass(frozen=True)
@@ -399,14 +399,7 @@ def from_official(
     device=None,  # where to build; 'meta' allocates nothing
 ) -> nn.Module:   # with the attribute `official`, its name
     "The network of a released model, with its layout compared key for key"
-    name = name.replace('__', '/')
-    require(name in released(), f'{name!r} is none of Karlo\'s networks: {", ".join(released())}')
-    schema = official_schema(name)
-    with torch.device(device or torch.get_default_device()): model = _build(schema['config'])
-    differences = layout_differences(model, schema['state_dict'])
-    require(not differences, f'the network built for {name} does not have its layout. {differences}')
-    model.official = name
-    return model
+    return build_official(name, released(), _build, device, "network of Karlo's")
 
 # %% ../nbs/15_unclip.ipynb #c0c2ac07
 _STAGES = ('model_first_steps.', 'model_last_step.')

@@ -16,9 +16,9 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .core import atomic_write, require
-from .layers import (Downsample, Upsample, attention, group_norm, official_schema, read_official,
-                               timestep_embedding, zero_init)
-from .weights import layout_differences, load_strict
+from .layers import (Downsample, Upsample, attention, build_official, group_norm, official_names,
+                               read_official, swish, timestep_embedding, zero_init)
+from .weights import load_strict
 
 # %% ../nbs/07b_unet.ipynb #76f08c1d
 class TimeMLP(nn.Module):
@@ -65,9 +65,9 @@ def forward(
     time: Tensor | None = None,  # time vectors, (B, time_channels), if the block takes them
 ) -> Tensor:                     # (B, out_channels, H, W)
     "The input, carried over, plus what two convolutions add to it"
-    h = self.conv1(F.silu(self.norm1(x)))
+    h = self.conv1(swish(self.norm1(x)))
     if hasattr(self, 'temb_proj'): h = h + self.temb_proj(F.silu(time))[:, :, None, None]
-    h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+    h = self.conv2(self.dropout(swish(self.norm2(h))))
     return (self.nin_shortcut(x) if hasattr(self, 'nin_shortcut') else x) + h
 
 # %% ../nbs/07b_unet.ipynb #220a1b99
@@ -208,7 +208,7 @@ def forward(
     h = self.mid.block_1(h, time)
     if hasattr(self.mid, 'attn_1'): h = self.mid.attn_1(h)
     h = self._way_up(self.mid.block_2(h, time), skips, time)
-    return self.conv_out(F.silu(self.norm_out(h)))
+    return self.conv_out(swish(self.norm_out(h)))
 
 # %% ../nbs/07b_unet.ipynb #b4029024
 @patch
@@ -249,13 +249,8 @@ def from_official(
     device=None,  # where to build; 'meta' allocates nothing
 ) -> UNet:
     "The U-Net of a released DDPM, with its layout compared key for key"
-    schema = official_schema(name)
-    require(name.replace('__', '/').startswith('ddpm-ermongroup/'),
-            f'{name} is not a DDPM U-Net: its chapter builds it')
-    model = cls.from_config(schema['config'], device)
-    differences = layout_differences(model, schema['state_dict'])
-    require(not differences, f'the network built for {name} does not have its layout. {differences}')
-    return model
+    names = [n for n in official_names() if n.startswith('ddpm-ermongroup/')]
+    return build_official(name, names, cls.from_config, device, "U-Net of DDPM's")
 
 # %% ../nbs/07b_unet.ipynb #37d03b1d
 def load_official(

@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffcourse import (adm, cfg, clip, ddim, ddpm, dvae, edit, first_stage, glide, iddpm, inception, latent, layers,
+from diffcourse import (adm, cfg, clip, dalle, ddim, ddpm, dvae, edit, first_stage, glide, iddpm, inception, latent, layers,
                         metrics, openai_unet, priors, scores, train, unclip, unet, vae, vqvae, vqvae2)
 from diffcourse.core import CourseError, require
 
@@ -68,8 +68,11 @@ class Golden:
     def inputs(self) -> dict: return self.group('in/')
 
     @cached_property
-    def outputs(self) -> dict: return {k.replace('out/', '', 1): v for k,
-                                       v in self.tensors.items() if k.startswith('out/') or '/out/' in k}
+    def outputs(self) -> dict:
+        "Tensors, and the numbers of words that the json may hold: tokens/TEXT/KIND"
+        words = {f'tokens/{text}/{kind}': torch.tensor(v) for text, kinds in self.info.get('tokens', {}).items()
+                 if isinstance(kinds, dict) for kind, v in kinds.items()}
+        return words | {k.replace('out/', '', 1): v for k, v in self.tensors.items() if k.startswith('out/') or '/out/' in k}
 
     @property
     def config(self) -> dict:
@@ -520,8 +523,28 @@ def glide_guided(g, model):
 
 @family('glide_tokenizers')
 def glide_levels(g):
-    "The levels that the released samplers visit; the texts of this golden need vocabulary files"
-    return {'100': torch.tensor(iddpm.space_timesteps(1000, '100')), 'fast27': torch.tensor(edit.fast27())}
+    "The levels that the released samplers visit; the numbers of texts, if the vocabularies can be had"
+    out = {'100': torch.tensor(iddpm.space_timesteps(1000, '100')), 'fast27': torch.tensor(edit.fast27())}
+    for vocabulary, read in ((dalle.gpt2_bpe, glide_reads), (dalle.clip_bpe, clip_reads)):
+        try: bpe = vocabulary()
+        except CourseError: continue
+        for text, want in g.info.get('tokens', {}).items():
+            out |= {f'tokens/{text}/{k}': v[:len(want[k])] if v.ndim else v
+                    for k, v in read(bpe, text, g.config).items() if k in want}
+    return out
+
+
+def glide_reads(bpe, text, config):
+    "What GLIDE's denoisers are told: numbers, a filled row, how many count"
+    require(len(bpe) == config['end_token'] == config['n_vocab'] - 1, f'{len(bpe)} symbols before the end token')
+    (row,), mask = glide.glide_tokens(bpe, [text], 128)
+    return dict(glide_bpe=torch.tensor(bpe.encode(text)), glide_padded_128=row, mask_true=mask.sum())
+
+
+def clip_reads(bpe, text, config):
+    "What GLIDE's CLIP is told: the same between two marks"
+    row, = clip.clip_tokens([text], bpe)
+    return dict(clip_bpe=torch.tensor(bpe.encode(text)), clip_padded_77=row, clip_len=row.argmax() + 1)
 
 
 @family('full__glide_*')
@@ -1075,7 +1098,8 @@ def expected_form(name, value):
 # Outputs whose json asks for more digits than they have: name → (atol, why)
 AMPLIFIED = {'glide_text2im/cfg/pred_xstart': (
     1.2e-4, 'x0 magnifies an error of ε by √(1/ᾱ−1) = 5.7 and guidance by up to 5; the same network in float64 is 2.9e-5 '
-            'from the stored numbers, which allow 2e-5, so the tolerance of ε is carried over: 5.7 · 2e-5')}
+            'from the stored numbers, which allow 2e-5, and with the official order of operations in float32 3.7e-5, so the '
+            'tolerance of ε is carried over: 5.7 · 2e-5')}
 
 
 def tolerances(g, name) -> tuple[float, float]:

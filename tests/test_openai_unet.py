@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffcourse import openai_unet as ou
+from diffcourse import layers, openai_unet as ou
 from diffcourse.core import CourseError, generator
 from diffcourse.layers import official_schema
 from diffcourse.weights import layout, layout_differences
@@ -227,7 +227,8 @@ class TestReleased:
         net = ou.randomise(ou.from_flags(flags), generator(0))
         schema = dict(config=flags, state_dict={k: list(s) for k, s in layout(net).items()})
         real = ou.official_schema
-        monkeypatch.setattr(ou, 'official_schema', lambda n: schema if n == 'guided-diffusion/toy' else real(n))
+        for module in (ou, layers):
+            monkeypatch.setattr(module, 'official_schema', lambda n: schema if n == 'guided-diffusion/toy' else real(n))
         monkeypatch.setattr(ou, 'official_names', lambda: ['guided-diffusion/toy'])
         monkeypatch.setattr(ou, 'recognise', lambda s: ['guided-diffusion/toy'] if layout(s) == layout(net) else [])
         torch.save(net.state_dict(), tmp_path / 'toy.pt')
@@ -252,7 +253,7 @@ class TestReleased:
     def test_a_layout_that_no_longer_matches_is_an_error(self, monkeypatch):
         schema = json.loads(json.dumps(official_schema('improved-diffusion/cifar10_uncond_50M_500K')))
         schema['state_dict']['out.2.bias'] = [7]
-        monkeypatch.setattr(ou, 'official_schema', lambda n: schema)
+        monkeypatch.setattr(layers, 'official_schema', lambda n: schema)
         with pytest.raises(CourseError, match='out.2.bias'): ou.from_official('improved-diffusion/cifar10_uncond_50M_500K', 'meta')
 
     def test_unknown_sizes(self):

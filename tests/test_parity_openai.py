@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from diffcourse import adm, iddpm, layers, openai_unet, train
 from diffcourse.core import generator
 from tests import parity
+from tests.helpers.golden import one, write_golden
 
 BASE = dict(image_size=16, in_channels=3, model_channels=32, out_channels=3, num_res_blocks=1, attention_resolutions=[2],
             channel_mult=[1, 2], num_heads=4)
@@ -51,14 +52,9 @@ def write(folder, name):
     net = kind(**parity.openai_settings(config)).eval()
     weights = parity.procedural(layers.layout(net), 'salt/')
     if name.startswith('eps'): weights = {k: v * (.01 if v.ndim > 1 and 'emb' not in k else 1) for k, v in weights.items()}
-    save_file({f'weights/{k}': v for k, v in weights.items()} | {f'in/{k}': v for k, v in inputs.items()}, folder / f'{name}.safetensors')
-    info = dict(name=name, config=config, rtol=1e-5, atol=2e-5)
-    (folder / f'{name}.json').write_text(json.dumps(info))
-    with torch.no_grad(): out = parity.checker(name)(parity.Golden(folder / f'{name}.json'))
-    atol = 2e-5 * min(1., float(min(v.std() for v in out.values())))
-    (folder / f'{name}.json').write_text(json.dumps(info | dict(atol=atol)))
-    save_file({f'weights/{k}': v for k, v in weights.items()} | {f'in/{k}': v for k, v in inputs.items()}
-              | {f'out/{k}': v.contiguous() for k, v in out.items()}, folder / f'{name}.safetensors')
+    path, out = write_golden(folder, name, config, inputs, weights)
+    info, atol = json.loads(path.read_text()), 2e-5 * min(1., float(min(v.std() for v in out.values())))
+    path.write_text(json.dumps(info | dict(atol=atol)))
 
 
 @pytest.fixture(scope='module')
@@ -66,9 +62,6 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp('golden')
     for name in CONFIGS: write(path, name)
     return path
-
-
-def one(folder, name): return parity.check(parity.Golden(folder / f'{name}.json'))
 
 
 @pytest.mark.parametrize('name', CONFIGS)
