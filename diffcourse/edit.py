@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['glide_inpaint_shapes', 'EDITORS', 'glide_up_emoji', 'paste', 'keeping', 'knowing', 'inpaint', 'widened',
            'random_masks', 'loss_inpaint', 'inpaint_net', 'cut_scenes', 'seam_error', 'evaluate_inpaint', 'box_mask',
-           'edit_picture', 'blurred', 'shrunk', 'loss_enlarge', 'enlarge', 'fast27', 'enlarged_net', 'large_emoji',
-           'evaluate_enlarge']
+           'edit_picture', 'blurred', 'shrunk', 'up_denoiser', 'loss_enlarge', 'enlarge', 'fast27', 'enlarged_net',
+           'large_emoji', 'evaluate_enlarge']
 
 # %% ../nbs/14a_edit.ipynb #134a6da0
 from collections.abc import Callable, Sequence
@@ -236,6 +236,12 @@ def shrunk(
     return small if sigma is None else blurred(small, sigma.to(small))
 
 # %% ../nbs/14a_edit.ipynb #a9edd7ba
+def up_denoiser(
+    net: Callable,  # a small upsampler
+) -> Denoiser:      # x0 on the cosine schedule, clipped
+    "The small picture says nearly all of the large one, so a guess at x0 is close from the first step on"
+    return Denoiser(net, Schedule.cosine(), 'x0').guided(x0=clip_x0)
+
 def loss_enlarge(
     denoiser: Denoiser,  # schedule and parameterisation
     factor: int,         # how many times smaller the small picture is
@@ -260,11 +266,12 @@ def enlarge(
     scale: float = 1.,           # s; the paper guides the small picture only
     steps: int = 15,             # of DDIM
     blur: float = .4,            # standard deviation of the blur of low_res, in its pixels
+    denoiser: Callable | None = None, # network → Denoiser; default: `up_denoiser`
     **how,                       # for `text_to_image`
 ) -> Tensor:                     # (B, C, H, W) in [-1, 1]
     "Make pictures larger, with their captions at hand"
     small = blurred(to_float(to_uint8(low_res)), torch.full((len(low_res),), blur, device=low_res.device))
-    return text_to_image(model, bpe, captions, seed, scale, steps, low_res=small, **how)
+    return text_to_image(model, bpe, captions, seed, scale, steps, denoiser or up_denoiser, low_res=small, **how)
 
 # %% ../nbs/14a_edit.ipynb #6ebda70d
 def fast27(
@@ -304,7 +311,7 @@ def evaluate_enlarge(
 
 glide_up_emoji = register(Recipe(
     'glide_up_emoji', "GLIDE's upsampler for emoji: 32×32 and a name to 64×64",
-    data=large_emoji, model=enlarged_net, loss=loss_enlarge(glide_denoiser(None, 0.), 2),
+    data=large_emoji, model=enlarged_net, loss=loss_enlarge(up_denoiser(None), 2),
     settings=dict(smoke=dict(steps=25, batch_size=16, lr=2e-3, warmup=5),
                   laptop=dict(steps=800, batch_size=32, lr=2e-3, ema=.995),
                   gpu=dict(steps=20_000, batch_size=128, lr=1e-3, warmup=500, ema=.9995)),
