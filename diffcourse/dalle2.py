@@ -6,8 +6,7 @@
 __all__ = ['PRIORS', 'ASKED', 'unclip_prior_shapes', 'unclip_prior_emoji', 'unclip_ar_prior_shapes', 'unclip_decoder_shapes',
            'unclip_decoder_emoji', 'unclip_up_emoji', 'SHARES', 'World', 'world', 'nothing_said', 'told', 'pairs',
            'moments_of', 'vectors', 'painted', 'small_prior', 'small_writer', 'small_decoder', 'decoder_denoiser',
-           'DallE2', 'dalle2', 'evaluate_prior', 'evaluate_system', 'softened', 'up_denoiser', 'loss_up', 'enlarge_by',
-           'axes_of']
+           'DallE2', 'dalle2', 'evaluate_prior', 'evaluate_system', 'softened', 'loss_up', 'enlarge_by', 'axes_of']
 
 # %% ../nbs/15a_dalle2.ipynb #824313fa
 from collections.abc import Callable, Sequence
@@ -26,7 +25,8 @@ from .clip import CLIP, clip_emoji, clip_shapes, tokens_of
 from .core import generator, require, to_float
 from .dalle import ASKED as scenes_asked, MEANT as emoji_asked
 from .ddim import ddim, encode, slerp
-from .ddpm import Denoiser, Schedule, clip_x0, loss_simple, sample
+from .ddpm import Denoiser, clip_x0, loss_simple, sample
+from .edit import up_denoiser
 from .glide import obedience, shifted_cosine, told_scenes
 from .openai_unet import SuperResModel
 from .train import Recipe, find_recipe, register
@@ -345,12 +345,6 @@ def softened(
     k = torch.exp(-torch.arange(-1., 2.).to(x) ** 2 / (2 * .6 ** 2))
     k = (k / k.sum()).outer(k / k.sum()).expand(x.shape[1], 1, 3, 3)
     return F.conv2d(F.pad(x, (1, 1, 1, 1), mode='replicate'), k, groups=x.shape[1])
-
-def up_denoiser(
-    net: Callable,  # `unclip_up_emoji`'s network
-) -> Denoiser:      # x0 on the cosine schedule, clipped
-    "The set-up of the small upsampler"
-    return Denoiser(net, Schedule.cosine(), 'x0').guided(x0=clip_x0)
 
 def loss_up(
     model: nn.Module,  # a `SuperResModel`
