@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'glide_shapes', 'EMOJI_ASKED', 'glide_emoji', 'Transformer',
            'load_official', 'glide_tokens', 'captioned', 'shifted_cosine', 'glide_denoiser', 'loss_glide', 'Watched',
            'text_to_image', 'held_out', 'told_scenes', 'unseen_captions', 'share_interval', 'scene_hits', 'obedience',
            'evaluate_scenes', 'text_sampler', 'scenes_net', 'scenes_told', 'clip_guidance', 'clean_gradient',
-           'glide_emoji_denoiser', 'emoji_told', 'emoji_net', 'kinds_read', 'evaluate_emoji']
+           'glide_emoji_denoiser', 'emoji_told', 'emoji_net', 'kinds_read', 'evaluate_emoji', 'nearest_pictures']
 
 # %% ../nbs/14_glide.ipynb #3563c0fd
 import math
@@ -505,3 +505,12 @@ glide_emoji = register(Recipe(
                   laptop=dict(steps=2800, batch_size=32, lr=2e-3, ema=.998),
                   gpu=dict(steps=60_000, batch_size=256, lr=1e-3, warmup=500, ema=.9995)),
     sample=text_sampler(emoji_bpe, EMOJI_ASKED, glide_emoji_denoiser), evaluate=evaluate_emoji))
+
+# %% ../nbs/14_glide.ipynb #74879eac
+def nearest_pictures(
+    x: Tensor,       # pictures in [-1, 1], (N, C, H, W)
+    others: Tensor,  # to search, bytes, (M, C, H, W)
+) -> tuple:          # the nearest one of each, (N, C, H, W) in [-1, 1]; distances, (N,)
+    "What a picture may be a copy of"
+    near = torch.cdist(x.flatten(1).cpu(), to_float(others).flatten(1)).min(1)
+    return to_float(others[near.indices]), near.values
