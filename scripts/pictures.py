@@ -29,8 +29,9 @@ FIGURES = {'rung_core': ('00_core', "f'contrast {c:.2f}'"), 'rung_weights': ('01
 COLOURS = {'reproduced': (46, 139, 87), 'not measured yet': (200, 200, 200)}  # of a claim's tile; anything else is orange
 
 
-def store(name: str, picture: Image.Image) -> None:
-    "Write a PNG, whole or not at all"
+def store(name: str, picture: Image.Image, colours: int = 128) -> None:
+    "Write a PNG with a palette, whole or not at all"
+    picture = picture.convert('RGB').quantize(colours, Image.Quantize.MAXCOVERAGE, kmeans=2)
     with atomic_write(OUT / f'{name}.png') as tmp: picture.save(tmp, 'PNG', optimize=True)
 
 
@@ -47,7 +48,7 @@ def figure(name: str, page: str, text: str, width: int = 300) -> None:
     require(len(found) > 0, f'{page} has no figure in a cell with {text!r}: run it first')
     picture = Image.open(io.BytesIO(base64.b64decode(found[0]))).convert('RGB')
     picture = picture.resize((width, round(picture.height * width / picture.width)), Image.LANCZOS)
-    store(name, picture.quantize(64))
+    store(name, picture, 64)
 
 
 def tiles(name: str, side: int = 14) -> None:
