@@ -17,8 +17,8 @@ from diffcourse.weights import load_weights, shipped
 
 SETTINGS = {
     'smoke': dict(n=4, steps=2, cfg=(1., 3.), clip=(1.,)),
-    'laptop': dict(n=120, steps=25, cfg=(1., 2., 3., 5.), clip=(.3, 1., 3., 10.)),
-    'gpu': dict(n=1000, steps=25, cfg=(1., 1.5, 2., 3., 5., 8.), clip=(.1, .3, 1., 3., 10., 30.))}
+    'laptop': dict(n=120, steps=25, cfg=(1., 2., 3., 5.), clip=(.003, .01, .03, .1, .3)),
+    'gpu': dict(n=1000, steps=25, cfg=(1., 1.5, 2., 3., 5., 8.), clip=(.001, .003, .01, .03, .1, .3, 1.))}
 
 
 def network(name, level, device):
