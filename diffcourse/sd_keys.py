@@ -569,7 +569,7 @@ def write_one_by_one(
             f.write(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return Path(path)
 
-# %% ../nbs/16b_sd_keys.ipynb #sdkac0356
+# %% ../nbs/16b_sd_keys.ipynb #sdkf18c35
 def folder_tensors(
     model: SDModel,  # with numbers
 ) -> dict:           # 'part/key' → tensor: views of the model's own where possible
@@ -586,7 +586,7 @@ KINDS = {(): 'StableDiffusionPipeline', MASKED: 'StableDiffusionInpaintPipeline'
 def _index(model):
     "model_index.json"
     theirs = lambda library, *names: dict(zip(names[::2], ([library, n] for n in names[1::2])))
-    return dict(_class_name=KINDS[model.beside], requires_safety_checker=False, safety_checker=[None, None],
+    return dict(_class_name=KINDS[model.beside], _diffusers_version='0.42.0', requires_safety_checker=False, safety_checker=[None, None],
                 feature_extractor=[None, None]) | theirs('diffusers', 'scheduler', 'DDIMScheduler', 'unet',
                 'UNet2DConditionModel', 'vae', 'AutoencoderKL') | theirs('transformers', 'text_encoder',
                 'CLIPTextModel', 'tokenizer', 'CLIPTokenizer')
