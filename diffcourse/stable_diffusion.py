@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLERS', 'TAPS', 'PER_PLACE', 'PER_PIXEL', 'BESIDES', 'StableDiffusion', 'small_pipe', 'folded', 'can_pack',
-           'hasten', 'free_memory', 'Plan']
+           'hasten', 'free_memory', 'Plan', 'load']
 
 # %% ../nbs/16c_stable_diffusion.ipynb #sd77676b
 import os
@@ -395,7 +395,7 @@ def _less(self: StableDiffusion, last, size, n):
     if small: return f'A picture of {small}×{small} would fit (--size {small})'
     return 'Close other programs, or take a device or a machine with more' + (' (--dtype float16 halves the weights)' if last.dtype == torch.float32 else '')
 
-# %% ../nbs/16c_stable_diffusion.ipynb #sdc7b10b
+# %% ../nbs/16c_stable_diffusion.ipynb #sd00471a
 @patch
 def ready(self: StableDiffusion,
     plan: Plan,                         # from `plan`
@@ -414,3 +414,14 @@ def to_diffusers(self: StableDiffusion,
     "Write a folder that diffusers' pipelines load"
     require(not self.hastened, 'a hastened pipeline has no plain weights to write: load the file anew')
     return SDModel.to_diffusers(self, folder)
+
+def load(
+    path: str | Path,               # a released file, a folder of diffusers, or a repository of the Hugging Face hub
+    prediction: str | None = None,  # 'eps' or 'v', where neither the file nor its name tells
+) -> StableDiffusion:
+    "Whatever holds a Stable Diffusion"
+    if Path(path).is_file() or Path(path).suffix in ('.safetensors', '.ckpt', '.pt', '.pth', '.bin'):
+        return StableDiffusion.from_single_file(path, prediction)
+    pipe = StableDiffusion.from_pretrained(path)
+    pipe.prediction = prediction or pipe.prediction
+    return pipe

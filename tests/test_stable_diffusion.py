@@ -420,14 +420,124 @@ def test_the_folded_doubling():
     assert stable_diffusion.folded(torch.ones(1, 1, 3, 3)).flatten().tolist() == [1, 2, 2, 4, 2, 1, 4, 2, 2, 4, 1, 2, 4, 2, 2, 1]
 
 
-@pytest.mark.parametrize('rows', [None, 7])
-def test_hastened_networks_say_the_same(rows, pipe, family):
-    for name in ('one', 'two'):
-        a, b = pipe(name), filled(StableDiffusion.from_member(name, WORDS))
-        for net in (b.unet, b.first_stage): hasten(net, rows)
-        for prompt in ('a cat', 'a red hat', 'a cat'):                  # keys and values are remembered, and forgotten
-            z, w = (p.draw(prompt, steps=4, scale=3.) for p in (a, b))
-            torch.testing.assert_close(w, z, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(b.draw('a cat', steps=2, size=(16, 48)), a.draw('a cat', steps=2, size=(16, 48)), atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(b.pictures(z), a.pictures(z), atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(b.encoded(a.pictures(z)), a.encoded(a.pictures(z)), atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize('name, rows', [('one', None), ('two', 7)])
+def test_hastened_networks_say_the_same(name, rows, pipe):
+    "Sizes change and prompts come again: layouts, keys and values that are remembered must be forgotten in time"
+    a, b = pipe(name), filled(StableDiffusion.from_member(name, WORDS))
+    for net in (b.unet, b.first_stage): hasten(net, rows)
+    for prompt, size in (('a cat', 32), ('a red hat', 32), ('a cat', (16, 24))):
+        z, w = (p.draw(prompt, steps=2, scale=3., size=size) for p in (a, b))
+        torch.testing.assert_close(w, z, atol=1e-4, rtol=1e-4)
+    x = a.pictures(z)
+    torch.testing.assert_close(b.pictures(z), x, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(b.encoded(x), a.encoded(x), atol=1e-4, rtol=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------------------------- memory
+
+def in_its_own_process(*args):
+    done = subprocess.run([sys.executable, Path(__file__).parent / 'helpers/sd_memory.py', *map(str, args)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_loading_takes_the_file_and_little_more(tmp_path):
+    "A member of a sixth of the size: single file, Lightning checkpoint, from the file to a folder, folder"
+    in_its_own_process('write', tmp_path / 'x.safetensors', 'half')
+    for what, *paths in (('file', 'x.safetensors'), ('ckpt', 'x.ckpt'), ('convert', 'x.safetensors', 'folder'), ('folder', 'folder')):
+        grew, size, right = in_its_own_process(what, *(tmp_path / p for p in paths))
+        assert right and size > 200 and grew < 1.3 * size, (what, grew, size)
+
+
+@pytest.mark.slow
+def test_loading_a_released_size(tmp_path):
+    "Stable Diffusion 1 in half precision: 2.1 GB under its true keys and shapes"
+    in_its_own_process('write', tmp_path / 'v1.safetensors', 'released')
+    grew, size, right = in_its_own_process('file', tmp_path / 'v1.safetensors')
+    assert right and 2000 < size < 2100 and grew < 1.3 * size, (grew, size)
+
+
+def test_plans_follow_the_memory_there_is():
+    "Float32 where it fits, bfloat16 where only that does, and a kind refusal that names what would fit"
+    p, cpu = StableDiffusion.from_member('sd-1'), torch.device('cpu')
+    roomy, half = p.plan(512, device=cpu, dtype='float32', free=1e12), p.plan(512, device=cpu, dtype='bfloat16', free=1e12)
+    assert 4.2e9 < roomy.weights < 4.3e9 and roomy.weights == 2 * half.weights and roomy.total > half.total
+    if not stable_diffusion.fast_bf16('cpu'):
+        assert p.plan(512, device=cpu, free=roomy.total).dtype == torch.float32 and p.plan(512, device=cpu, free=roomy.total - 1).dtype == torch.bfloat16
+    assert p.needs(768)[1] > p.needs(512)[1] and p.needs(512, 16)[1] > p.needs(512)[1]
+    with pytest.raises(CourseError, match=r'too little memory on cpu.*needs about .* GB: 2.1 GB of weights as bfloat16.*A picture of \d+×\d+ would fit \(--size'):
+        p.plan(1024, device=cpu, dtype='bfloat16', free=half.total)
+    with pytest.raises(CourseError, match='Close other programs.*dtype float16 halves'): p.plan(512, device=cpu, dtype='float32', free=1e9)
+    with pytest.raises(CourseError, match=r'one picture at a time \(-n 1\)'): p.plan(512, 64, device=cpu, dtype='bfloat16', free=half.total)
+    with pytest.raises(CourseError, match='none of float32'): p.plan(512, dtype='int8')
+
+
+def test_attention_is_sliced_where_scores_are_a_table():
+    p, mps = StableDiffusion.from_member('sd-1'), torch.device('mps')
+    whole = p.plan(1024, device=mps, free=1e12)
+    assert whole.rows is None and whole.dtype == torch.float16
+    cut = p.plan(1024, device=mps, free=whole.total - 1)
+    assert cut.rows == 1024 and cut.total < whole.total and '1024 places at a time' in str(cut)
+
+
+def test_free_memory_is_a_number(monkeypatch):
+    assert 1e8 < stable_diffusion.free_memory(torch.device('cpu')) < 1e14
+    files = {'/proc/meminfo': 'MemAvailable:   1000 kB', '/sys/fs/cgroup/memory.max': '500000', '/sys/fs/cgroup/memory.current': '100000'}
+    monkeypatch.setattr(stable_diffusion, '_text', lambda path: files.get(path, ''))
+    assert stable_diffusion.free_memory(torch.device('cpu')) == 400_000
+    files['/sys/fs/cgroup/memory.max'] = 'max'
+    assert stable_diffusion.free_memory(torch.device('cpu')) == 1_024_000
+    files.clear()
+    assert stable_diffusion.free_memory(torch.device('cpu')) == float('inf')
+
+
+def test_a_hastened_pipeline_only_draws(pipe, tmp_path):
+    p = pipe('one')
+    want = p('a cat', steps=2)
+    p.ready(p.plan(32, device=torch.device('cpu'), dtype='float32'), torch.device('cpu'))
+    torch.testing.assert_close(p('a cat', steps=2), want, atol=1e-4, rtol=1e-4)
+    with pytest.raises(CourseError, match='load the file anew'): p.to_diffusers(tmp_path)
+
+
+def test_half_precision_draws_nearly_the_same(pipe):
+    p, q = pipe('one'), filled(StableDiffusion.from_member('one', WORDS))
+    q.ready(q.plan(32, device=torch.device('cpu'), dtype='bfloat16'), torch.device('cpu'))
+    z, w = (m.draw('a cat', steps=4, scale=2.) for m in (p, q))
+    assert w.dtype == torch.float32 and 1e-5 < float((z - w).abs().mean() / z.std()) < .1
+
+
+# ----------------------------------------------------------------------------------------------------------- the command line
+
+def run(*args): return CliRunner().invoke(app, [str(a) for a in args])
+
+
+def test_the_command_draws_from_folders_and_files(pipe, tmp_path, monkeypatch):
+    from PIL import Image
+    from diffcourse import cli
+    p = pipe('two')
+    p.to_diffusers(tmp_path / 'folder')
+    save_file(p.state_dict(), tmp_path / 'x.safetensors')
+    monkeypatch.setattr(sd_keys, 'clip_bpe', lambda: WORDS)
+    for name, more in (('folder', ()), ('x.safetensors', ('--negative', 'a hat', '--dtype', 'float32', '--size', 32))):
+        done = run('sample', '--checkpoint', tmp_path / name, '--prompt', 'a red cat', '--steps', 2, '--device', 'cpu', '-n', 2, '--out', tmp_path / 'x.png', *more)
+        assert done.exit_code == 0 and 'needs about' in done.stderr and 'GB are free' in done.stderr, done.output
+        assert Image.open(tmp_path / 'x.png').size == (3 * (2 * 32 + 1), 3 * 32) or Image.open(tmp_path / 'x.png').width > 64
+    monkeypatch.setattr(stable_diffusion, 'free_memory', lambda device: 1e6)
+    refused = run('sample', '--checkpoint', tmp_path / 'folder', '--prompt', 'a cat', '--device', 'cpu')
+    assert isinstance(refused.exception, CourseError) and 'too little memory' in str(refused.exception)
+
+
+@pytest.mark.parametrize('args, words', [(('sample',), 'name one thing'), (('sample', 'ldm_emoji', '--steps', '3'), '--steps go with --checkpoint'),
+                                         (('sample', 'ldm_emoji', '--checkpoint', 'x'), 'name one thing'), (('sample', '--checkpoint', 'x.ckpt'), 'wants a sentence'),
+                                         (('sample', '--checkpoint', 'x.ckpt', '--prompt', 'a'), 'there is no file x.ckpt')])
+def test_the_command_refuses(args, words): assert words in str(run(*args).exception)
+
+
+def test_models_that_see_more_are_not_for_the_command(pipe, tmp_path):
+    pipe('mends').to_diffusers(tmp_path)
+    assert 'unknown and known beside the latents' in str(run('sample', '--checkpoint', tmp_path, '--prompt', 'a').exception)
+
+
+@pytest.mark.parametrize('args', [('sample', 'ddpm-cats'), ('train', 'ddpm-cats'), ('reconstruct', 'ddpm-cats', 'fashion_mnist'),
+                                  ('inpaint', 'ddpm-cats', __file__, '--box', '0,0,1,1', '--prompt', 'a')])
+def test_dashes_in_the_names_of_recipes(args): assert 'ddpm_cats' in str(run(*args).exception)
