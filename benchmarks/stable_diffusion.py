@@ -73,7 +73,7 @@ def status(key): return int(re.search(key + r':\s+(\d+)', Path('/proc/self/statu
 def alone(who, part, size, batch):
     "One contender once in this process: resident MB before, and at most"
     model = ours()
-    if who == 'diffusers': net = theirs(model, part)
+    if who == 'diffusers': net = theirs(model, 'unet' if part == 'unet' else 'vae')
     else: net = model.unet if part == 'unet' else model.first_stage
     del model
     if who == 'diffcourse, ready': hasten(net)

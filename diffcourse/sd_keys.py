@@ -199,12 +199,13 @@ def own_tensors(
     if ema and flat and all(f in state for f in flat.values()): own |= {k: state[f] for k, f in flat.items()}
     return own
 
-# %% ../nbs/16b_sd_keys.ipynb #sdkbf1c12
+# %% ../nbs/16b_sd_keys.ipynb #sdkc9a541
 def marks(
     shapes: dict,  # key → shape, under the keys of a file
 ) -> tuple:        # channels in, length of a word, length of y or None, are projections linear?
     "The four numbers that tell the members apart; None where a file lacks them"
-    end = lambda tail: next((tuple(v) for k, v in shapes.items() if k.startswith(PARTS['unet']) and k.endswith(tail)), None)
+    own = {k: tuple(v) for k, v in shapes.items() if k.startswith(PARTS['unet'])}
+    end = lambda tail: next((v for k, v in own.items() if k.endswith(tail)), None)
     at = lambda shape, i: None if shape is None else shape[i]
     enter = end('.proj_in.weight')
     return (at(end('input_blocks.0.0.weight'), 1), at(end('.attn2.to_k.weight'), 1), at(end('label_emb.0.0.weight'), 1),
@@ -237,7 +238,7 @@ def which_member(
     wanted = prediction or _says(where)
     return next((n for n in found if FAMILY[n].prediction == wanted), found[0])
 
-# %% ../nbs/16b_sd_keys.ipynb #sdkfa0acd
+# %% ../nbs/16b_sd_keys.ipynb #sdk9a3936
 @patch
 def take(self: SDModel,
     state: dict,   # key → tensor, every key of this model
@@ -251,6 +252,7 @@ def take(self: SDModel,
     self.load_state_dict(state, assign=True)
     return self.eval().requires_grad_(False)
 
+# %% ../nbs/16b_sd_keys.ipynb #sdkd94510
 @patch(cls_method=True)
 def from_single_file(cls: SDModel,
     path: str | Path,               # a released .safetensors or .ckpt
@@ -379,7 +381,7 @@ def unet_from_folder(
     return plain | heads | dict(model_channels=widths[0], channel_mult=tuple(w / widths[0] for w in widths),
                                 attention_resolutions=attend, use_spatial_transformer=True)
 
-# %% ../nbs/16b_sd_keys.ipynb #sdk5b7a4e
+# %% ../nbs/16b_sd_keys.ipynb #sdkf87e17
 def text_to_folder(
     text: Embedder,  # of the model
 ) -> dict:           # config.json of `text_encoder`
@@ -397,6 +399,7 @@ def text_to_folder(
         num_hidden_layers=len(blocks), num_attention_heads=blocks[0].heads, hidden_act=act, layer_norm_eps=1e-5,
         max_position_embeddings=text.length, pad_token_id=text.pad or 0)
 
+# %% ../nbs/16b_sd_keys.ipynb #sdk416c17
 def text_from_folder(
     f: dict,         # config.json of `text_encoder`
     bpe: BPE,        # the folder's vocabulary
@@ -413,7 +416,7 @@ def text_from_folder(
                  transformer_layers=n, act=act)
     return embedder(sizes, bpe, pad=pad, layer='last')
 
-# %% ../nbs/16b_sd_keys.ipynb #sdkcbb521
+# %% ../nbs/16b_sd_keys.ipynb #sdk741b71
 def words_to_folder(
     text: Embedder,  # of the model
 ) -> dict:           # file name → text, of `tokenizer`
@@ -427,6 +430,7 @@ def words_to_folder(
     return {'vocab.json': json.dumps(text.bpe.ids, ensure_ascii=False), 'merges.txt': merges,
             'special_tokens_map.json': json.dumps(marks), 'tokenizer_config.json': json.dumps(about, indent=1)}
 
+# %% ../nbs/16b_sd_keys.ipynb #sdkbed88b
 def words_from_folder(
     folder: Path,  # `tokenizer`
 ) -> tuple:        # vocabulary, padding for `Embedder`
@@ -443,7 +447,7 @@ def words_from_folder(
     fill = fill['content'] if isinstance(fill, dict) else fill
     return bpe, None if fill in (None, CLIP_SPECIALS[1]) else bpe.ids[fill]
 
-# %% ../nbs/16b_sd_keys.ipynb #sdk973cd1
+# %% ../nbs/16b_sd_keys.ipynb #sdkc36eb0
 PREDICTS = {'eps': 'epsilon', 'v': 'v_prediction'}
 
 def schedule_to_folder(
@@ -458,6 +462,7 @@ def schedule_to_folder(
                       prediction_type=PREDICTS[prediction], clip_sample=False, set_alpha_to_one=False, steps_offset=1,
                       timestep_spacing='leading')
 
+# %% ../nbs/16b_sd_keys.ipynb #sdk5ccf47
 def schedule_from_folder(
     f: dict,  # scheduler_config.json
 ) -> tuple:   # `Schedule`, prediction
@@ -472,24 +477,27 @@ def schedule_from_folder(
         s = Schedule(torch.linspace(ends[1], ends[2], ends[0], dtype=torch.float64))
     return s, next(k for k, v in PREDICTS.items() if v == f.get('prediction_type', 'epsilon'))
 
-# %% ../nbs/16b_sd_keys.ipynb #sdka09a74
+# %% ../nbs/16b_sd_keys.ipynb #sdk746c8c
 def folder_of(
     repo: str | Path,             # a folder, or the name of a repository such as 'stabilityai/stable-diffusion-2-1'
     revision: str | None = None,  # of the repository
     variant: str | None = None,   # such as 'fp16': files whose names carry it
 ) -> Path:
-    "The folder itself, or a repository of the Hugging Face hub in its cache; nothing but settings and tensors is fetched"
+    "The folder itself, or a repository of the Hugging Face hub in its cache; only settings and tensors are fetched"
     if Path(repo).is_dir(): return Path(repo)
     from huggingface_hub import snapshot_download
     v = f'.{variant}' if variant else ''
-    wanted = ['model_index.json', '*/*config.json', 'tokenizer/*.txt', 'tokenizer/*.json', f'text_encoder/model{v}.safetensors',
-              *(f'{p}/diffusion_pytorch_model{v}.safetensors' for p in ('unet', 'vae'))]
-    try: return Path(snapshot_download(str(repo), revision=revision, allow_patterns=wanted, local_files_only=offline()))
+    wanted = ['model_index.json', '*/*config.json', 'tokenizer/*.txt', 'tokenizer/*.json',
+              f'text_encoder/model{v}.safetensors', f'unet/diffusion_pytorch_model{v}.safetensors',
+              f'vae/diffusion_pytorch_model{v}.safetensors']
+    how = dict(revision=revision, allow_patterns=wanted, local_files_only=offline())
+    try: return Path(snapshot_download(str(repo), **how))
     except Exception as e:
         why = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise CourseError(f'{repo} is no folder, and not to be had from the hub ({why:.200}): pass the path of a folder '
-                          'with model_index.json, or go online') from e
+        raise CourseError(f'{repo} is no folder, and not to be had from the hub ({why:.200}): pass the path of a '
+                          'folder with model_index.json, or go online') from e
 
+# %% ../nbs/16b_sd_keys.ipynb #sdk71251f
 def part_tensors(
     folder: Path,                # of the whole model
     part: str,                   # 'unet', 'vae' or 'text_encoder'
@@ -497,8 +505,9 @@ def part_tensors(
 ) -> dict:                       # 'part/key' → tensor, mapped into memory
     "The tensors of one network, in any of the forms that diffusers writes"
     stem = 'model' if part == 'text_encoder' else 'diffusion_pytorch_model'
-    names = [*([f'{stem}.{variant}.safetensors'] if variant else []), f'{stem}.safetensors', f'{stem}-?????-of-?????.safetensors',
-             f'{stem}.fp16.safetensors', 'pytorch_model.bin' if part == 'text_encoder' else f'{stem}.bin']
+    names = [f'{stem}{v}.safetensors' for v in ('', '-?????-of-?????', '.fp16')]
+    if variant: names.insert(0, f'{stem}.{variant}.safetensors')
+    names.append('pytorch_model.bin' if part == 'text_encoder' else f'{stem}.bin')
     files = next((f for n in names if (f := sorted((folder / part).glob(n)))), [])
     require(files, f'{folder / part} has no weights: none of {", ".join(names)}')
     state = {k: v for f in files for k, v in read_official(f, ema=False).items() if not k.endswith('position_ids')}
@@ -506,7 +515,7 @@ def part_tensors(
     old = lambda k: '.'.join(OLD.get(p, p) for p in k.split('.')) if part == 'vae' and 'attentions' in k else k
     return {f'{part}/{old(k)}': v for k, v in state.items()}
 
-# %% ../nbs/16b_sd_keys.ipynb #sdk4182bf
+# %% ../nbs/16b_sd_keys.ipynb #sdk06cfb8
 def file_tensors(
     model: SDModel,  # of the same sizes
     found: dict,     # 'part/key' → tensor
@@ -523,6 +532,7 @@ def file_tensors(
         out[k] = v.reshape(shapes[k]) if v.numel() == torch.Size(shapes[k]).numel() else v
     return out
 
+# %% ../nbs/16b_sd_keys.ipynb #sdk91fa99
 @patch(cls_method=True)
 def from_pretrained(cls: SDModel,
     repo: str | Path,             # a folder in diffusers' layout, or a repository of the Hugging Face hub
@@ -533,19 +543,18 @@ def from_pretrained(cls: SDModel,
     folder = folder_of(repo, revision, variant)
     require((folder / 'unet/config.json').exists(), f'{folder} is no folder of diffusers: there is no unet/config.json')
     read = lambda name: json.loads((folder / name).read_text(encoding='utf-8'))
-    found = {p: part_tensors(folder, p, variant) for p in PARTS}
-    unet, stage = unet_from_folder(c := read('unet/config.json')), read('vae/config.json')
-    ghosts = {k.partition('/')[2]: v.to('meta') for k, v in found['vae'].items()}
+    found = {k: v for p in PARTS for k, v in part_tensors(folder, p, variant).items()}
+    unet, words = unet_from_folder(c := read('unet/config.json')), words_from_folder(folder / 'tokenizer')
+    ghosts = {k.removeprefix('vae/'): v.to('meta') for k, v in found.items() if k.startswith('vae/')}
     with torch.device('meta'):
-        parts = LatentUNet(**unet), stage_from_diffusers(stage, ghosts), \
-            text_from_folder(read('text_encoder/config.json'), *words_from_folder(folder / 'tokenizer'))
-    schedule, prediction = schedule_from_folder(read('scheduler/scheduler_config.json'))
+        parts = (LatentUNet(**unet), stage_from_diffusers(read('vae/config.json'), ghosts),
+                 text_from_folder(read('text_encoder/config.json'), *words))
+    size, scale = parts[1].config.f * (c.get('sample_size') or 64), 9. if unet['context_dim'] == 1024 else 7.5
     beside = {9: MASKED, 5: DEEP}.get(unet['in_channels'], ())
-    f = parts[1].config.f
-    model = cls(*parts, schedule, prediction, f * (c.get('sample_size') or 64), 9. if unet['context_dim'] == 1024 else 7.5, beside)
-    return model.take(file_tensors(model, {k: v for d in found.values() for k, v in d.items()}, str(folder)), str(folder))
+    model = cls(*parts, *schedule_from_folder(read('scheduler/scheduler_config.json')), size, scale, beside)
+    return model.take(file_tensors(model, found, str(folder)), str(folder))
 
-# %% ../nbs/16b_sd_keys.ipynb #sdk479b6d
+# %% ../nbs/16b_sd_keys.ipynb #sdk8fc568
 TYPES = {torch.float32: 'F32', torch.float16: 'F16', torch.bfloat16: 'BF16', torch.float64: 'F64', torch.int64: 'I64'}
 
 def write_one_by_one(
@@ -565,11 +574,12 @@ def write_one_by_one(
         f.write(len(text).to_bytes(8, 'little') + text)
         for k, (dtype, shape) in shapes.items():
             v = tensor(k)
-            require(v.dtype == dtype and tuple(v.shape) == tuple(shape), f'{k} was announced as {dtype}, {tuple(shape)}')
+            ok = v.dtype == dtype and tuple(v.shape) == tuple(shape)
+            require(ok, f'{k} was announced as {dtype}, {tuple(shape)}')
             f.write(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return Path(path)
 
-# %% ../nbs/16b_sd_keys.ipynb #sdkf18c35
+# %% ../nbs/16b_sd_keys.ipynb #sdk689a21
 def folder_tensors(
     model: SDModel,  # with numbers
 ) -> dict:           # 'part/key' → tensor: views of the model's own where possible
@@ -581,25 +591,26 @@ def folder_tensors(
         out |= dict(zip(many, v.chunk(len(many))))
     return out
 
-KINDS = {(): 'StableDiffusionPipeline', MASKED: 'StableDiffusionInpaintPipeline', DEEP: 'StableDiffusionDepth2ImgPipeline'}
+KINDS = {(): 'StableDiffusionPipeline', MASKED: 'StableDiffusionInpaintPipeline',
+         DEEP: 'StableDiffusionDepth2ImgPipeline'}
 
 def _index(model):
     "model_index.json"
     theirs = lambda library, *names: dict(zip(names[::2], ([library, n] for n in names[1::2])))
-    return dict(_class_name=KINDS[model.beside], _diffusers_version='0.42.0', requires_safety_checker=False, safety_checker=[None, None],
-                feature_extractor=[None, None]) | theirs('diffusers', 'scheduler', 'DDIMScheduler', 'unet',
-                'UNet2DConditionModel', 'vae', 'AutoencoderKL') | theirs('transformers', 'text_encoder',
-                'CLIPTextModel', 'tokenizer', 'CLIPTokenizer')
+    return dict(_class_name=KINDS[model.beside], _diffusers_version='0.42.0', requires_safety_checker=False,
+                safety_checker=[None, None], feature_extractor=[None, None]) | theirs(
+                'diffusers', 'scheduler', 'DDIMScheduler', 'unet', 'UNet2DConditionModel', 'vae', 'AutoencoderKL') | \
+        theirs('transformers', 'text_encoder', 'CLIPTextModel', 'tokenizer', 'CLIPTokenizer')
 
-# %% ../nbs/16b_sd_keys.ipynb #sdk71a988
+# %% ../nbs/16b_sd_keys.ipynb #sdk7b5a36
 @patch
 def to_diffusers(self: SDModel,
     folder: str | Path,  # is created; files of the same names are replaced
 ) -> Path:               # the folder
     "Write a folder that diffusers' pipelines load"
     folder, tensors = Path(folder), folder_tensors(self)
-    stage, _ = stage_to_diffusers(self.first_stage)
-    settings = {'model_index': _index(self), 'unet/config': unet_to_folder(self.unet.config, self.size // self.first_stage.config.f),
+    (stage, _), size = stage_to_diffusers(self.first_stage), self.size // self.first_stage.config.f
+    settings = {'model_index': _index(self), 'unet/config': unet_to_folder(self.unet.config, size),
                 'vae/config': stage | dict(sample_size=self.size), 'text_encoder/config': text_to_folder(self.text),
                 'scheduler/scheduler_config': schedule_to_folder(self.schedule, self.prediction)}
     texts = {f'{k}.json': json.dumps(v, indent=1) for k, v in settings.items()}
@@ -610,5 +621,6 @@ def to_diffusers(self: SDModel,
         own = {k.partition('/')[2]: v for k, v in tensors.items() if k.startswith(f'{part}/')}
         if part == 'text_encoder': own = {f'text_model.{k}': v for k, v in own.items()}
         file = 'model' if part == 'text_encoder' else 'diffusion_pytorch_model'
-        write_one_by_one(folder / part / f'{file}.safetensors', {k: (v.dtype, v.shape) for k, v in own.items()}, own.get)
+        shapes = {k: (v.dtype, v.shape) for k, v in own.items()}
+        write_one_by_one(folder / part / f'{file}.safetensors', shapes, own.get)
     return folder
