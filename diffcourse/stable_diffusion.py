@@ -6,8 +6,8 @@
 __all__ = ['SAMPLERS', 'TAPS', 'PER_PLACE', 'PER_PIXEL', 'BESIDES', 'TYPES', 'SLICES', 'StableDiffusion', 'small_pipe', 'folded',
            'can_pack', 'hasten', 'free_memory', 'Plan', 'load']
 
-# %% ../nbs/16c_stable_diffusion.ipynb #sd77676b
-import os
+# %% ../nbs/16c_stable_diffusion.ipynb #sdc34dad
+import copy
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -153,7 +153,7 @@ def shape_of(self: StableDiffusion,
     require(h > 0 and w > 0 and h % k == w % k == 0, f'height and width must be multiples of {k}, got {h}×{w}')
     return self.first_stage.embed_dim, h // f, w // f
 
-# %% ../nbs/16c_stable_diffusion.ipynb #sdffc234
+# %% ../nbs/16c_stable_diffusion.ipynb #sd01cfb3
 @patch
 @torch.no_grad()
 def draw(self: StableDiffusion,
@@ -173,8 +173,8 @@ def draw(self: StableDiffusion,
     "Latents for prompts"
     told = self.read(prompt).to(self.place)
     given = self._for_all(dict(image=image, mask=mask, **more), len(told))
-    x, strength = self._noise(given, len(told), size, seed), strength or (.8 if mask is None else 1.)
-    step, start, seen = self._prepared(sampler, steps, given, x, strength)
+    usual, x = .8 if mask is None else 1., self._noise(given, len(told), size, seed)
+    step, start, seen = self._prepared(sampler, steps, given, x, usual if strength is None else strength)
     s = self.scale if scale is None else scale
     d = self.denoiser(s, None if s == 1 else self.read(negative).to(told))
     return walk(d, Watched(start.steps, show), start.x, step, seed, context=told, **seen)
@@ -191,14 +191,16 @@ def _prepared(self: StableDiffusion, sampler: str, steps: int, given: dict, nois
     start = self.begin(make(self.schedule, steps), noise, z0, strength)
     return step, start, {k: v for k, v in seen.items() if v is not None}
 
-# %% ../nbs/16c_stable_diffusion.ipynb #sd959326
+# %% ../nbs/16c_stable_diffusion.ipynb #sd5e98f9
 @patch
 def _for_all(self: StableDiffusion, given: dict, n: int) -> dict:
     "What was given, on the device, once for every picture"
     known = ('image', 'mask', 'depth', 'y', 'noise')
     require(set(given) <= set(known), f'{", ".join(set(given) - set(known))}: unknown; there are {", ".join(known)}')
     given = {k: v.to(self.place) for k, v in given.items() if v is not None}
-    require('mask' not in given or 'image' in given, 'a mask says what stays of an image: pass image=')
+    m, x = given.get('mask'), given.get('image')
+    require(m is None or x is not None and m.shape[1:] == (1, *x.shape[2:]), 'a mask says what stays of a picture: '
+            f'pass image=, and mask= with one channel of its size; got {None if m is None else tuple(m.shape)}')
     wrong = {k: len(v) for k, v in given.items() if len(v) not in (1, n)}
     require(not wrong, f'{n} prompts need 1 or {n} of everything else, got {wrong}')
     return {k: v.expand(n, *v.shape[1:]) for k, v in given.items()}
@@ -236,7 +238,7 @@ def between(self: StableDiffusion,
     one, two = self.read([a, b]).cpu().split(1)
     return one + w * (two - one)
 
-# %% ../nbs/16c_stable_diffusion.ipynb #sd103b73
+# %% ../nbs/16c_stable_diffusion.ipynb #sd338207
 def small_pipe(
     kind: str = 'emoji',  # or 'shapes'
 ) -> StableDiffusion:     # of chapter 16a's networks; untrained where no weights are shipped
@@ -244,7 +246,7 @@ def small_pipe(
     recipe, clip = dict(emoji=ldm_emoji, shapes=ldm_shapes)[kind], world(kind).clip
     net = load_weights(recipe.name, recipe.model()) if shipped(recipe.name) else recipe.model()
     reader = FrozenOpenCLIPEmbedder(clip, clip_words(kind), LENGTH[kind], layer='last')
-    d, stage = latent_denoiser(net), stage_of(kind)
+    d, stage, reader = latent_denoiser(net), *copy.deepcopy((stage_of(kind), reader))   # others use the same two
     size, name = stage.config.resolution, recipe.name
     pipe = StableDiffusion(net, stage, reader, d.schedule, d.parameterization, size, 3., name=name)
     return pipe.eval().requires_grad_(False)
