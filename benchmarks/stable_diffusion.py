@@ -8,6 +8,8 @@ random (speed does not depend on them); all are checked to give the same answer 
 """
 import argparse
 import copy
+import ctypes
+import gc
 import json
 import re
 import statistics
@@ -25,12 +27,11 @@ from side_by_side import interleaved, ratio
 
 
 @torch.no_grad()
-def ours() -> SDModel:
-    "Ours, random weights"
-    model = SDModel.from_member('sd-1').to_empty(device='cpu').eval().requires_grad_(False)
-    for net in (model.unet, model.first_stage):
-        randomise(net, generator(0))
-        for p in net.parameters(): p.data.mul_(.7)
+def ours(part: str) -> SDModel:
+    "Ours, random weights where they are needed; the rest has shapes only"
+    model = SDModel.from_member('sd-1').eval().requires_grad_(False)
+    net = (model.unet if part == 'unet' else model.first_stage).to_empty(device='cpu')
+    for p in randomise(net, generator(0)).parameters(): p.data.mul_(.7)
     return model
 
 
@@ -57,7 +58,7 @@ def contenders(part: str, model: SDModel, size: int, batch: int) -> dict:
 @torch.no_grad()
 def timed(part, size, batch, rounds) -> list:
     "Medians of seconds and of ratios"
-    todo = contenders(part, ours(), size, batch)
+    todo = contenders(part, ours(part), size, batch)
     first = {k: f() for k, f in todo.items()}
     wrong = {k: float((v - first['diffusers']).abs().max() / first['diffusers'].std()) for k, v in first.items()}
     assert max(wrong.values()) < 1e-3, wrong
@@ -71,12 +72,15 @@ def status(key): return int(re.search(key + r':\s+(\d+)', Path('/proc/self/statu
 
 @torch.no_grad()
 def alone(who, part, size, batch):
-    "One contender once in this process: resident MB before, and at most"
-    model = ours()
+    "One contender once in this process (Linux): resident MB before, and at most"
+    model = ours(part)
     if who == 'diffusers': net = theirs(model, 'unet' if part == 'unet' else 'vae')
     else: net = model.unet if part == 'unet' else model.first_stage
     del model
     if who == 'diffcourse, ready': hasten(net)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path('/proc/self/clear_refs').write_text('5')          # the highest size starts anew here
     before, x = status('VmRSS'), torch.randn(batch, 4, size, size)
     if part == 'unet': net(x, torch.full((batch,), 501), torch.randn(batch, 77, 768))
     else: net.decode(x)

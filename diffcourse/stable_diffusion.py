@@ -261,7 +261,7 @@ def folded(
     R = TAPS.to(weight)
     return torch.einsum('apk,bql,oikl->aboipq', R, R, weight).flatten(0, 2)
 
-# %% ../nbs/16c_stable_diffusion.ipynb #sd19daab
+# %% ../nbs/16c_stable_diffusion.ipynb #sda830c6
 class _Packed:
     "A convolution whose weights are laid out once, as oneDNN wants them for this size, instead of anew in every call"
     def __init__(self, conv: nn.Conv2d):
@@ -271,8 +271,9 @@ class _Packed:
         c, pack = self.conv, torch._C._nn.mkldnn_reorder_conv2d_weight
         how = list(c.padding), list(c.stride), list(c.dilation), c.groups
         if x.shape != self.shape:                        # another layout for another size; both hold the same numbers
-            plain = c.weight.detach() if self.weight is None else self.weight.to_dense()
-            self.weight, self.shape, c.weight = pack(plain.to_mkldnn(), *how, list(x.shape)), x.shape, None
+            plain = (c.weight.detach() if self.weight is None else self.weight.to_dense()).to_mkldnn()
+            c.weight = self.weight = None                # never three copies at once
+            self.weight, self.shape = pack(plain, *how, list(x.shape)), x.shape
         return torch.ops.mkldnn._convolution_pointwise(x, self.weight, c.bias, *how, 'none', [], '')
 
 def can_pack() -> bool:
