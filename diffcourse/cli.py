@@ -25,7 +25,8 @@ app.add_typer(weights_app, name='weights')
 
 # %% ../nbs/18a_cli.ipynb #32e987bf
 def _option(kind, *names, **how): return Annotated[kind, typer.Option(*names, **how)]
-def _argument(kind, help): return Annotated[kind, typer.Argument(help=help)]
+def _argument(kind, help, **how): return Annotated[kind, typer.Argument(help=help, **how)]
+def _recipe(help, kind=str): return _argument(kind, help, callback=lambda v: v and v.replace('-', '_'))
 
 OptBudget = _option(Optional[str], '--budget',
                     help='smoke (seconds), laptop (CPU minutes) or gpu; default: $DIFFCOURSE_BUDGET, then laptop.')
@@ -38,7 +39,7 @@ OptNumber = _option(int, '-n', '--number', help='How many pictures.')
 # %% ../nbs/18a_cli.ipynb #03a64c49
 @app.command()
 def train(
-    recipe: _argument(str, 'A recipe of `diffcourse weights list`, or "all".'),
+    recipe: _recipe('A recipe of `diffcourse weights list`, or "all".'),
     budget: OptBudget = None,
     out: _option(Path, help='Results go to OUT/RECIPE: weights, cost card, picture, checkpoint.') = Path('runs'),
     data: _option(Optional[Path], help='A folder of your own pictures instead of the data of the recipe.') = None,
@@ -99,26 +100,59 @@ def save_bytes(
     with atomic_write(path) as tmp, open(tmp, 'wb') as file: np.savez(file, to_uint8(x).permute(0, 2, 3, 1).numpy())
     print(f'{len(x)} pictures of {x.shape[-1]}×{x.shape[-2]} in {path}')
 
+# %% ../nbs/18a_cli.ipynb #5dca11e5
+def _of_recipe(recipe, n, seed, weights, device, scale, prompt):
+    "Pictures from a recipe's network"
+    from diffcourse import zoo
+    from diffcourse.core import default_device
+    return zoo.sample(recipe, n, seed, weights, default_device(device), scale, prompt)
+
+def _released(path, prompt, n, seed, device, scale, dtype=None, size=None, prediction=None, **how):
+    "Pictures from a released Stable Diffusion, one at a time; what it takes is said, or refused, before it is taken"
+    import torch
+    from diffcourse.core import default_device, require
+    from diffcourse.stable_diffusion import load
+    require(n > 0, f'-n must be at least 1, got {n}')
+    require(prompt is not None, 'a checkpoint wants a sentence: --prompt "…"')
+    device, pipe = default_device(device), load(path, prediction)
+    require(not pipe.beside, f'this model sees {" and ".join(pipe.beside)} beside the latents: call it from Python, '
+            'StableDiffusion.from_single_file(…)(prompt, image=…, mask=…)')
+    plan = pipe.plan(size, 1, device, dtype)
+    print(f'diffcourse: {pipe.name or path} on {device.type} {plan}', file=sys.stderr)
+    pipe.ready(plan, device)
+    how = how | dict(size=size, scale=scale, show=sys.stdout.isatty())
+    return torch.cat([pipe(prompt, seed=seed + i, **how) for i in range(n)])
+
 # %% ../nbs/18a_cli.ipynb #03f6c3d4
 @app.command()
 def sample(
-    recipe: _argument(str, 'A recipe that generates: vae_fashion, ddpm_fashion, …'),
-    n: OptNumber = 16,
+    recipe: _recipe('A recipe that generates: vae_fashion, ddpm_fashion, …', Optional[str]) = None,
+    n: _option(Optional[int], '-n', '--number', help='How many pictures; default 16, or 1 of a checkpoint.') = None,
     out: _option(Path, help='A PNG file, or an .npz of bytes for `metrics`.') = Path('samples.png'),
     scale: _option(Optional[float], help='Guidance scale s of cfg_…, glide_…: 1 none, more goes further.') = None,
     prompt: _option(Optional[str], help='A caption, for recipes that read one: glide_…, ldm_…') = None,
     weights: OptWeights = None, seed: OptSeed = 0, device: OptDevice = None,
+    checkpoint: _option(Optional[str], help='Stable Diffusion 1 or 2: a file, or a folder of diffusers.') = None,
+    negative: _option(Optional[str], help='With a checkpoint: what guidance leads away from.') = None,
+    steps: _option(Optional[int], help='With a checkpoint: of the sampler; default 30.') = None,
+    size: _option(Optional[int], help='With a checkpoint: pixels per side; default that of its training.') = None,
+    dtype: _option(Optional[str], help='With a checkpoint: float32, float16 or bfloat16; default what fits.') = None,
+    prediction: _option(Optional[str], help='With a checkpoint of Stable Diffusion 2: eps or v.') = None,
 ):
     "Draw new pictures from a trained network (its EMA weights) into one PNG, or an .npz."
-    from diffcourse import zoo
-    from diffcourse.core import default_device
-    save = save_bytes if out.suffix == '.npz' else save_grid
-    save(zoo.sample(recipe, n, seed, weights, default_device(device), scale, prompt), out)
+    from diffcourse.core import require
+    asked = dict(negative=negative, steps=steps, size=size, dtype=dtype, prediction=prediction)
+    asked = {k: v for k, v in asked.items() if v is not None}
+    require((recipe is None) != (checkpoint is None), 'name one thing to sample: a recipe, or --checkpoint FILE')
+    require(checkpoint or not asked, f'--{", --".join(asked)} go with --checkpoint')
+    if checkpoint: x = _released(checkpoint, prompt, 1 if n is None else n, seed, device, scale, **asked)
+    else: x = _of_recipe(recipe, 16 if n is None else n, seed, weights, device, scale, prompt)
+    (save_bytes if out.suffix == '.npz' else save_grid)(x, out)
 
 # %% ../nbs/18a_cli.ipynb #4348a229
 @app.command()
 def reconstruct(
-    recipe: _argument(str, 'A recipe that encodes and decodes: ae_fashion, vae_fashion.'),
+    recipe: _recipe('A recipe that encodes and decodes: ae_fashion, vae_fashion.'),
     source: _argument(str, 'A folder of pictures, or the name of a data set (its test split).'),
     n: OptNumber = 16,
     out: _option(Path, help='A PNG file: originals above, reconstructions below.') = Path('reconstructions.png'),
@@ -185,7 +219,7 @@ def interpolate(
 # %% ../nbs/18a_cli.ipynb #4348a22a
 @app.command()
 def inpaint(
-    recipe: _argument(str, 'A recipe that inpaints: glide_inpaint_shapes, glide_shapes, glide_emoji.'),
+    recipe: _recipe('A recipe that inpaints: glide_inpaint_shapes, glide_shapes, glide_emoji.'),
     picture: _argument(Path, 'A picture; it is scaled to the size of the network.'),
     box: _option(str, help='left,top,right,bottom in pixels of the network: what is to be invented.') = ...,
     prompt: _option(str, help='What the whole picture shall show.') = ...,

@@ -285,7 +285,7 @@ def latent_path(
     "Latent diffusion's own choice of timesteps"
     require(1 <= n <= schedule.T // 2, f'the number of steps must lie in [1, {schedule.T // 2}], got {n}: with more, '
             'the released code steps beyond its table')
-    return schedule.steps(range(1, schedule.T + 1, schedule.T // n), final=float(schedule.alphas_cumprod[0]))
+    return schedule.steps(range(1, schedule.T, schedule.T // n), final=float(schedule.alphas_cumprod[0]))
 
 # %% ../nbs/16a_latent.ipynb #5b0a26d2
 def lvlb_weights(

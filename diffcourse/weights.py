@@ -322,7 +322,8 @@ def _state_dict(found, part, ema, path) -> dict:
         require(part in have, f'{path} has no part {part!r}; it has: {", ".join(map(str, have)) or "none"}')
     found = found[part] if part is not None else _choose(found, ema)
     if isinstance(found, Stub) and '_modules' in found.state: found = _of_module(found)
-    require(isinstance(found, dict) and found != {}, f'{path} holds no plain state dict of tensors, but {found!r:.60}')
+    if not isinstance(found, dict) or not found:   # asked first: the message would print every tensor
+        require(False, f'{path} holds no plain state dict of tensors, but {found!r:.60}')
     wrong = [f'{k} is {v!r:.60}' for k, v in found.items() if not isinstance(v, Tensor)]
     require(not wrong, f'{path} holds no plain state dict of tensors: {"; ".join(wrong[:3])}')
     prefix = 'module.' if all(k.startswith('module.') for k in found) else ''

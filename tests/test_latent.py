@@ -396,3 +396,10 @@ def test_samplers_take_the_place_of_ddim():
     net = small()
     a, b = (latent.text_to_latents(net, CAPTIONS, 'shapes', 1, steps=6, sampler=s) for s in (latent.plms, latent.dpm_solver))
     assert a.shape == b.shape == (2, 4, 8, 8) and not torch.allclose(a, b, atol=1e-3)
+
+
+@pytest.mark.parametrize('n', [1, 3, 9, 27, 37, 50, 500])
+def test_every_number_of_steps_stays_on_the_table(n):
+    "1000 // n divides 999 for some n; the released code would then step to timestep 1000, which there is not"
+    t = latent.latent_path(Schedule.scaled_linear(), n).table.t
+    assert t[0] == 1 and t[-1] < 1000 and len(t) >= min(n, 500)

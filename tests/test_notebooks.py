@@ -15,12 +15,12 @@ from run_notebooks import code_hash
 ROOT = Path(__file__).resolve().parent.parent
 
 NOTEBOOKS = sorted((ROOT / 'nbs').glob('*.ipynb'))
-LADDER = ['core', 'shapes', 'data', 'weights', 'train', 'layers', 'metrics', 'inception', 'extractors', 'scores', 'measure', 'ae', 'vae', 'vqvae', 'priors', 'vqvae2', 'dvae', 'dalle', 'unet', 'ddpm', 'exact', 'openai_unet', 'iddpm', 'ddim', 'adm', 'cfg', 'clip', 'glide', 'edit', 'unclip', 'dalle2', 'first_stage', 'latent', 'zoo', 'cli']
+LADDER = ['core', 'shapes', 'data', 'weights', 'train', 'layers', 'metrics', 'inception', 'extractors', 'scores', 'measure', 'ae', 'vae', 'vqvae', 'priors', 'vqvae2', 'dvae', 'dalle', 'unet', 'ddpm', 'exact', 'openai_unet', 'iddpm', 'ddim', 'adm', 'cfg', 'clip', 'glide', 'edit', 'unclip', 'dalle2', 'first_stage', 'latent', 'sd_keys', 'stable_diffusion', 'zoo', 'cli']
 MODULES = [m for m in LADDER if (ROOT / 'diffcourse' / f'{m}.py').exists()]
 CELL_LINES, LINE_LENGTH = 25, 120   # of a code cell: lines that are not blank, characters in each
 LONG_CELLS = set() # pages that are still to be cut to that size; shall become empty
 BARE_METHODS = set()           # modules with public methods that still lack their line; shall become empty
-FULLY_DOCUMENTED = {'core', 'shapes', 'data', 'weights', 'train', 'layers', 'metrics', 'inception', 'extractors', 'scores', 'measure', 'ae', 'vae', 'vqvae', 'priors', 'vqvae2', 'dvae', 'dalle', 'unet', 'ddpm', 'exact', 'openai_unet', 'iddpm', 'ddim', 'adm', 'cfg', 'clip', 'glide', 'edit', 'unclip', 'dalle2', 'first_stage', 'latent', 'zoo', 'cli'}  # modules whose public methods document their arguments too; shall become all
+FULLY_DOCUMENTED = {'core', 'shapes', 'data', 'weights', 'train', 'layers', 'metrics', 'inception', 'extractors', 'scores', 'measure', 'ae', 'vae', 'vqvae', 'priors', 'vqvae2', 'dvae', 'dalle', 'unet', 'ddpm', 'exact', 'openai_unet', 'iddpm', 'ddim', 'adm', 'cfg', 'clip', 'glide', 'edit', 'unclip', 'dalle2', 'first_stage', 'latent', 'sd_keys', 'stable_diffusion', 'zoo', 'cli'}  # modules whose public methods document their arguments too; shall become all
 HEAVY = {'matplotlib', 'torchvision', 'accelerate', 'PIL', 'huggingface_hub', 'scipy', 'diffusers', 'IPython', 'fastprogress'}
 
 
