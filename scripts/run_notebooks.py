@@ -28,7 +28,7 @@ def code_hash(nb) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def lighten(nb, limit: int = 8_000, colours: int = 128) -> None:
+def lighten(nb, limit: int = 8_000, colours: int = 96) -> None:
     "Store every PNG output above `limit` bytes with a palette: a third of the size, no change that one would see"
     for o in (o for c in nb.cells if c.cell_type == 'code' for o in c.outputs):
         png = base64.b64decode(o.get('data', {}).get('image/png', ''))
