@@ -359,8 +359,8 @@ def _text(path: str) -> str:
     try: return Path(path).read_text()
     except OSError: return ''
 
-# %% ../nbs/16c_stable_diffusion.ipynb #sd9ad962
-PER_PLACE, PER_PIXEL, BESIDES = 38, 6.5, .2e9   # numbers a channel of the finest level holds at most; bytes for the rest
+# %% ../nbs/16c_stable_diffusion.ipynb #sd4749b1
+PER_PLACE, PER_PIXEL, BESIDES = 38, 6.5, .2e9   # numbers a channel of the finest level holds at most; bytes beside
 
 @dataclass
 class Plan:
