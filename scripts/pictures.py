@@ -25,6 +25,9 @@ FIGURES = {'rung_core': ('00_core', "f'contrast {c:.2f}'"), 'rung_weights': ('01
            'rung_openai_unet': ('09a_openai_unet', "loc='lower center', ncols=3"),
            'rung_inception': ('17a_inception', 'window(plate)'), 'rung_extractors': ('17b_extractors', 'neighbours(second'),
            'rung_metrics': ('17_metrics', 'heaps.values()'), 'rung_scores': ('17c_scores', "ax.plot(*x[:700].T"),
+           'rung_clip': ('13_clip', 'queries = ['), 'rung_edit': ('14a_edit', 'edits = ['),
+           'rung_first_stage': ('16_first_stage', 'beside(model, unseen[some])'),
+           'rung_sd': ('16c_stable_diffusion', 'shown = [walked['),
            'rung_lab': ('17d_lab', "'1 / N', 'feature-FID of perfect samples'"), 'rung_zoo': ('18_zoo', 'figure, seconds = ladder()')}
 COLOURS = {'reproduced': (46, 139, 87), 'not measured yet': (200, 200, 200)}  # of a claim's tile; anything else is orange
 
@@ -77,6 +80,9 @@ def main() -> None:
     strip('rung_emoji', zoo.sample('ddpm_emoji', 6, seed=1))
     strip('rung_ddim', zoo.sample('ddim_fashion', 6, seed=1))
     strip('rung_cfg', zoo.sample('cfg_fashion', 6, seed=1))
+    strip('rung_glide', zoo.sample('glide_emoji', 6, seed=1))
+    strip('rung_dalle2', zoo.sample('unclip_shapes', 6, seed=1))
+    strip('rung_ldm', zoo.sample('ldm_emoji', 6, seed=1), width=64)
     strip('rung_measure', torch.cat([to_float(real[:6]), zoo.sample('ddpm_fashion', 6, seed=2)]))
     for name, where in FIGURES.items(): figure(name, *where)
     tiles('rung_claims')
