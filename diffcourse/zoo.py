@@ -173,7 +173,9 @@ def picture(
 # %% ../nbs/18_zoo.ipynb #02befdb5
 RUNGS = (('ae_fashion', 'AE: copies'), ('vae_fashion', 'VAE: samples'),
          ('ddpm_fashion', 'DDPM: samples'), ('ddim_fashion', 'DDIM: 50 steps'),
-         ('cfg_fashion', 'CFG: by class'), ('ddpm_emoji', 'DDPM: emoji'))  # recipe, title of its row
+         ('cfg_fashion', 'CFG: by class'), ('ddpm_emoji', 'DDPM: emoji'), ('dalle_shapes', 'DALL·E: by caption'),
+         ('glide_emoji', 'GLIDE: by caption'), ('unclip_shapes', 'unCLIP: by caption'),
+         ('ldm_emoji', 'latent: by caption'))  # recipe, title of its row
 
 # %% ../nbs/18_zoo.ipynb #82ed07b9
 def ladder(

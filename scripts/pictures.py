@@ -86,8 +86,7 @@ def main() -> None:
     strip('rung_measure', torch.cat([to_float(real[:6]), zoo.sample('ddpm_fashion', 6, seed=2)]))
     for name, where in FIGURES.items(): figure(name, *where)
     tiles('rung_claims')
-    ladder, _ = zoo.ladder()
-    ladder.savefig(OUT / 'ladder.png', dpi=96, bbox_inches='tight')
+    figure('ladder', '18_zoo', 'figure, seconds = ladder()', 900)
     icon = Image.fromarray(image_grid(real[:1], scale=1)).resize((32, 32))
     icon.save(OUT / 'favicon.png')
 
