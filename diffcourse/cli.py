@@ -127,7 +127,7 @@ def _released(path, prompt, n, seed, device, scale, dtype=None, size=None, predi
 @app.command()
 def sample(
     recipe: _recipe('A recipe that generates: vae_fashion, ddpm_fashion, …', Optional[str]) = None,
-    n: _option(Optional[int], '-n', '--number', help='How many pictures; default 16, 4 of a prompt, 1 of a checkpoint.') = None,
+    n: _option(Optional[int], '-n', '--number', help='How many; default 16, 4 of a prompt, 1 of a checkpoint.') = None,
     out: _option(Path, help='A PNG file, or an .npz of bytes for `metrics`.') = Path('samples.png'),
     scale: _option(Optional[float], help='Guidance scale s of cfg_…, glide_…: 1 none, more goes further.') = None,
     prompt: _option(Optional[str], help='A caption, for recipes that read one: glide_…, ldm_…') = None,
