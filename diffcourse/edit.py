@@ -266,12 +266,12 @@ def enlarge(
     scale: float = 1.,           # s; the paper guides the small picture only
     steps: int = 15,             # of DDIM
     blur: float = .4,            # standard deviation of the blur of low_res, in its pixels
-    denoiser: Callable | None = None, # network → Denoiser; default: `up_denoiser`
+    denoiser: Callable = up_denoiser, # network → Denoiser
     **how,                       # for `text_to_image`
 ) -> Tensor:                     # (B, C, H, W) in [-1, 1]
     "Make pictures larger, with their captions at hand"
     small = blurred(to_float(to_uint8(low_res)), torch.full((len(low_res),), blur, device=low_res.device))
-    return text_to_image(model, bpe, captions, seed, scale, steps, denoiser or up_denoiser, low_res=small, **how)
+    return text_to_image(model, bpe, captions, seed, scale, steps, denoiser, low_res=small, **how)
 
 # %% ../nbs/14a_edit.ipynb #6ebda70d
 def fast27(
