@@ -41,6 +41,7 @@ from .layers import (attention, build_official, group_norm, official_names, read
                                timestep_embedding, zero_init)
 from .openai_unet import ContextBlock, UNetConfig, UNetModel, count_heads, which_release
 from .train import Recipe, register
+from .unet import _pointwise
 from .weights import load_strict, load_weights, shipped
 
 # %% ../nbs/16a_latent.ipynb #1cffc7a4
@@ -162,12 +163,10 @@ def forward(self: SpatialTransformer,
 ) -> Tensor:                        # the shape of x
     "Pixels become a sequence, see each other and the context, and become a map again"
     if self.context_dim is not None: context = self._checked(x, context)
-    row = lambda v: v.flatten(2).transpose(1, 2)                       # (B, C, H, W) → (B, H·W, C)
-    h = self.norm(x)
-    h = self.proj_in(row(h)) if self.linear else row(self.proj_in(h))
+    project = (lambda layer, v: layer(v)) if self.linear else _pointwise
+    h = project(self.proj_in, self.norm(x).flatten(2).transpose(1, 2))       # (B, C, H, W) → (B, H·W, C)
     for block in self.transformer_blocks: h = block(h, context)
-    grid = lambda v: v.transpose(1, 2).unflatten(2, x.shape[2:])
-    return x + (grid(self.proj_out(h)) if self.linear else self.proj_out(grid(h)))
+    return x + project(self.proj_out, h).transpose(1, 2).unflatten(2, x.shape[2:])
 
 @patch
 def _checked(self: SpatialTransformer, x, context):
