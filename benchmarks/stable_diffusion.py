@@ -1,7 +1,9 @@
 """Stable Diffusion 1's U-Net and decoder, ours against diffusers: the same tensors, in turn, ratios of neighbours in time; peak memory apart.
 
     python benchmarks/stable_diffusion.py [--size 32] [--batch 1] [--rounds 5] [--threads N] [--only unet decode] [--json FILE]
-    python benchmarks/stable_diffusion.py --memory [--size 32]      # each contender alone in a process, highest resident size
+    python benchmarks/stable_diffusion.py --memory [--size 32] [--json FILE]    # each contender alone in a process, highest resident size
+
+Page 16c reads data/measured/stable_diffusion.json, which is FILE of both commands.
 
 `plain` is the network as it was loaded; `ready` is what `StableDiffusion.ready`, and with it `diffcourse sample --checkpoint`, makes of it. Weights are
 random (speed does not depend on them); all are checked to give the same answer first. `--size` counts latents: 32 is a picture of 256×256.
@@ -19,10 +21,11 @@ from pathlib import Path
 
 import torch
 
-from diffcourse.core import generator
+from diffcourse.core import atomic_write, generator
 from diffcourse.openai_unet import randomise
 from diffcourse.sd_keys import SDModel, folder_tensors, stage_to_diffusers, unet_to_folder
 from diffcourse.stable_diffusion import hasten
+from diffcourse.train import device_name
 from side_by_side import interleaved, ratio
 
 
@@ -114,7 +117,18 @@ def main():
     for r in rows:
         if a.memory: print(f"{r['part']} {r['who']:18} {r['before']} MB before, {r['most']} at most")
         else: print(f"{r['part']} {r['who']:18} {r['seconds']:6.2f} s  {r['faster']:.2f}× (CPU time {r['faster_cpu']:.2f}×)  differs by {r['difference']:.1e}")
-    if a.json: a.json.write_text(json.dumps(dict(size=a.size, batch=a.batch, rounds=a.rounds, threads=torch.get_num_threads(), rows=rows), indent=1))
+    if a.json: stored(rows, a)
+
+
+def stored(rows, a):
+    "Put these rows where the file holds their like; the other kind stays"
+    found, kind = json.loads(a.json.read_text(encoding='utf-8')) if a.json.exists() else {}, 'memory' if a.memory else 'speed'
+    how = dict(size=a.size, batch=a.batch) | ({} if a.memory else dict(rounds=a.rounds, threads=torch.get_num_threads()))
+    found[kind] = dict(device=device_name(torch.device('cpu')), torch=torch.__version__, **how, rows=[rounded(r) for r in rows])
+    with atomic_write(a.json) as tmp: tmp.write_text(json.dumps(found, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+
+
+def rounded(row): return {k: float(f'{v:.3g}') if isinstance(v, float) else v for k, v in row.items()}
 
 
 if __name__ == '__main__': main()

@@ -7,10 +7,12 @@ __all__ = ['KINDS', 'glide_shapes', 'EMOJI_ASKED', 'glide_emoji', 'Transformer',
            'InpaintText2ImUNet', 'SuperResInpaintText2ImUnet', 'glide_released', 'from_glide_flags', 'from_official',
            'load_official', 'glide_tokens', 'captioned', 'shifted_cosine', 'glide_denoiser', 'loss_glide', 'Watched',
            'text_to_image', 'held_out', 'told_scenes', 'unseen_captions', 'share_interval', 'scene_hits', 'obedience',
-           'evaluate_scenes', 'text_sampler', 'scenes_net', 'scenes_told', 'clip_guidance', 'clean_gradient',
-           'glide_emoji_denoiser', 'emoji_told', 'emoji_net', 'kinds_read', 'evaluate_emoji', 'nearest_pictures']
+           'evaluate_scenes', 'told_share', 'attributes', 'alignment', 'text_sampler', 'scenes_net', 'scenes_told',
+           'clip_guidance', 'clean_gradient', 'glide_emoji_denoiser', 'emoji_told', 'emoji_net', 'kinds_read',
+           'evaluate_emoji', 'nearest_pictures']
 
 # %% ../nbs/14_glide.ipynb #3563c0fd
+import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 from . import data
 from .adm import FORMS, adm_classifier, emoji_kinds, frozen, mean_shift, score_shift
 from .cfg import classifier_free, drop_conditions
-from .core import generator, require, to_float
+from .core import Table, asset, generator, require, to_float
 from .dalle import ASKED, BPE, caption_tokens, emoji_bpe, shapes_bpe
 from .ddim import ddim
 from .ddpm import Denoiser, Path as Steps, Schedule, clip_x0, device_of, loss_simple, sample
@@ -360,6 +362,30 @@ def evaluate_scenes(
 ) -> dict:                # see `obedience`
     "How well a GLIDE obeys sentences never seen"
     return obedience(lambda captions, s: text_to_image(model, shapes_bpe(), captions, s, **how), n, seed)
+
+# %% ../nbs/14_glide.ipynb #e7a1b0c4
+def told_share(
+    found: dict,  # from `obedience`
+    key: str,     # such as 'one_all'
+) -> str:         # such as 0.72 (0.65 to 0.78); – where there is none
+    "A share with its interval, to be read"
+    if key not in found: return '–'
+    ends = found.get(f'{key}_95')
+    return f'{found[key]:.2f}' + (f' ({ends[0]:.2f} to {ends[1]:.2f})' if ends else '')
+
+def attributes(
+    found: dict,  # from `obedience`
+) -> Table:
+    "Attribute by attribute, of one thing and of two"
+    names = ('shapes', 'colours', 'sizes', 'binding', 'relation', 'background', 'all')
+    rows = [(k, told_share(found, f'one_{k}'), told_share(found, f'two_{k}')) for k in names]
+    return Table(rows, ('right', 'one thing', 'two things'))
+
+def alignment(
+    kind: str,     # of the rows of scripts/alignment.py: glide-cfg, glide-clip, unclip, unclip-silent
+) -> list[dict]:   # from `obedience`, with what was varied: 'scale' or 'prior'
+    "What was measured on a thousand held-out sentences of each kind"
+    return [r for r in json.loads(asset('measured/alignment.json').read_text(encoding='utf-8'))['rows'] if r['kind'] == kind]
 
 # %% ../nbs/14_glide.ipynb #d0b9e09b
 def text_sampler(

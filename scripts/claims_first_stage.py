@@ -29,7 +29,7 @@ STAGES = {2: (3, 8, (4, 4)), 4: (3, 8, (2, 3, 4)), 8: (4, 24, (1, 1, 1, 1)), 16:
 ARMS = ('f1', 'f2', 'f4', 'f8', 'f16', 'critic')
 SETTINGS = {
     'smoke': dict(stage=dict(steps=6, batch_size=4), net=dict(steps=6, batch_size=4), n=20, ddim=4, test=20),
-    'laptop': dict(stage=dict(steps=150, batch_size=16), net=dict(steps=250, batch_size=16), n=200, ddim=20, test=302),
+    'laptop': dict(stage=dict(steps=600, batch_size=16), net=dict(steps=1000, batch_size=16), n=500, ddim=20, test=302),
     'gpu': dict(stage=dict(steps=2500, batch_size=64), net=dict(steps=5000, batch_size=128), n=5000, ddim=50, test=302)}
 
 

@@ -120,7 +120,7 @@ def ldm_5(size, seed) -> dict:
         table = dict(x=factor * codes, context=told)
         torch.manual_seed(seed)
         net = Trainer(small_unet('shapes'), loss_latent(latent_denoiser(None), 'shapes'), table, steps=size['steps'], batch_size=32,
-                      lr=3e-3, ema=.995, seed=seed, progress=False).fit().ema_model()
+                      lr=3e-3, ema=.995, seed=seed, progress=False, bf16=False).fit().ema_model()
         z = text_to_latents(net, asked, 'shapes', 10_000 + seed).cpu() / factor
         with torch.no_grad(): x = stage.pictures(z)
         out[f'fid_{name}'] = metrics.feature_fid(x.cpu(), real, 'shapes_classifier', resamples=0).value
