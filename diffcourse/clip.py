@@ -866,7 +866,7 @@ def small_noised(
 def _steps(smoke: int, laptop: int, batch: int, **more) -> dict:
     "Settings of the three budgets"
     rest = dict(lr=1.5e-3, weight_decay=.05) | more
-    return dict(smoke=dict(steps=24, batch_size=smoke, warmup=4, ema=.9, **rest),
+    return dict(smoke=dict(steps=60, batch_size=smoke, warmup=4, ema=.9, **rest),
                 laptop=dict(steps=laptop, batch_size=batch, ema=.998, **rest),
                 gpu=dict(steps=20_000, batch_size=1024, warmup=500, **rest))
 

@@ -385,7 +385,8 @@ def alignment(
     kind: str,     # of the rows of scripts/alignment.py: glide-cfg, glide-clip, unclip, unclip-silent
 ) -> list[dict]:   # from `obedience`, with what was varied: 'scale' or 'prior'
     "What was measured on a thousand held-out sentences of each kind"
-    return [r for r in json.loads(asset('measured/alignment.json').read_text(encoding='utf-8'))['rows'] if r['kind'] == kind]
+    rows = json.loads(asset('measured/alignment.json').read_text(encoding='utf-8'))['rows']
+    return [r for r in rows if r['kind'] == kind]
 
 # %% ../nbs/14_glide.ipynb #d0b9e09b
 def text_sampler(

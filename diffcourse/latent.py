@@ -680,7 +680,7 @@ def scenes_told(
 # %% ../nbs/16a_latent.ipynb #74ffcb15
 def _budgets(laptop, gpu, lr):
     return dict(smoke=dict(steps=25, batch_size=32, lr=2e-3, warmup=5, ema=.9),
-                laptop=dict(steps=laptop, batch_size=32, lr=2e-3, ema=.998, bf16=False),   # heads of 8 numbers: slower in bf16
+                laptop=dict(steps=laptop, batch_size=32, lr=2e-3, ema=.998, bf16=False),   # slower: heads of 8
                 gpu=dict(steps=gpu, batch_size=256, lr=lr, warmup=300, ema=.9995))
 
 ldm_emoji = register(Recipe(
