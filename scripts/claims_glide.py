@@ -16,9 +16,9 @@ from diffcourse.train import device_name, find_recipe
 from diffcourse.weights import load_weights, shipped
 
 SETTINGS = {
-    'smoke': dict(n=4, steps=2, cfg=(1., 3.), clip=(1.,)),
-    'laptop': dict(n=120, steps=25, cfg=(1., 2., 3., 5.), clip=(.003, .01, .03, .1, .3)),
-    'gpu': dict(n=1000, steps=25, cfg=(1., 1.5, 2., 3., 5., 8.), clip=(.001, .003, .01, .03, .1, .3, 1.))}
+    'smoke': dict(n=4, mend=4, steps=2, cfg=(1., 3.), clip=(1.,)),
+    'laptop': dict(n=500, mend=120, steps=25, cfg=(1., 2., 3., 5.), clip=(.003, .01, .03, .1, .3)),
+    'gpu': dict(n=1000, mend=1000, steps=25, cfg=(1., 1.5, 2., 3., 5., 8.), clip=(.001, .003, .01, .03, .1, .3, 1.))}
 
 
 def network(name, level, device):
@@ -67,7 +67,7 @@ def mending(level, device) -> dict:
     "GLIDE-3: the same cuts, mended by both networks"
     s, numbers, both = SETTINGS[level], {}, {}
     for word, name in (('tuned', 'glide_inpaint_shapes'), ('pasted', 'glide_shapes')):
-        both[word] = found = edit.evaluate_inpaint(network(name, level, device), s['n'], steps=s['steps'])
+        both[word] = found = edit.evaluate_inpaint(network(name, level, device), s['mend'], steps=s['steps'])
         numbers |= {f'seam_{word}': found['seam'], f'all_{word}': found['all']}
     return {'GLIDE-3': dict(numbers=numbers, runs=both, seeds=1)}
 
