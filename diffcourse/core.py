@@ -246,7 +246,7 @@ def _together(x: Tensor, columns: int, rows: int, size: float):
 def _titled(x: Tensor, titles: list[str], columns: int, rows: int, size: float):
     "Each picture on an axis of its own, under its title"
     import matplotlib.pyplot as plt
-    above = .22 + .13 * max((t.count('\n') for t in titles), default=0)                # inches, for the titles
+    above = .22 + .13 * max((t.count('\n') for t in titles), default=0)   # inches, for the titles
     fig, axes = plt.subplots(rows, columns, figsize=(columns * size, rows * (size + above)), dpi=96, squeeze=False)
     for ax in axes.flat: ax.axis('off')
     for ax, p, t in zip(axes.flat, x, titles):

@@ -5,7 +5,7 @@
 Sentences of one thing and of two, read back by the parser, with Wilson's intervals of 95 %; 25 DDIM steps. glide-cfg: guidance
 without a classifier at four scales; glide-clip: the noised CLIP leads the conditional answer, at four scales; unclip: both priors
 and none, the decoder told the caption; unclip-silent: the same, the decoder told nothing. A row that is there for the same
-weights is not drawn again. Two to three hours of one core at n = 1,000.
+weights is not drawn again. An hour of one core that has bfloat16 at n = 1,000, two to three of one that has not.
 """
 import argparse
 import json
